@@ -1,0 +1,1 @@
+"""Training: loss, schedule, optimizer, step, evaluation, checkpoints, metrics, and the loop that joins them."""

@@ -1,0 +1,40 @@
+"""Shared by all tests: the time each file takes, printed against its budget."""
+
+import os
+from collections import defaultdict
+
+# A test compiles what it tests, and leaves nothing in the user's cache; who tests the cache switches it on.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
+# Seconds of one core for each file, on two cores about half of the wall time in all: what `make test` runs first, then
+# what `make check` and `make gpu` run.
+BUDGET = defaultdict(lambda: 40.0) | {
+    "tests/test_model.py": 60.0,
+    "tests/test_moba.py": 60.0,
+    "tests/test_memory.py": 240.0,
+    "tests/test_doctor.py": 240.0,
+    "tests/test_faults.py": 900.0,
+    "tests/test_prepare.py": 300.0,
+    "tests/test_mutants.py": 600.0,
+    "tests/test_running.py": 900.0,
+    "tests/test_meshes.py": 600.0,
+    "tests/test_stages.py": 300.0,
+    "tests/test_processes.py": 900.0,
+    "tests/test_notebook.py": 240.0,
+    "tests/test_package.py": 240.0,
+    "tests/test_logit_explosion.py": 180.0,
+    "tests/test_gpu.py": 300.0,
+}
+
+_seconds = defaultdict(float)
+
+
+def pytest_runtest_logreport(report):
+    _seconds[report.nodeid.partition("::")[0]] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("seconds by file")
+    for name, seconds in sorted(_seconds.items(), key=lambda item: -item[1]):
+        over = "  OVER ITS BUDGET" if seconds > BUDGET[name] else ""
+        terminalreporter.write_line(f"{seconds:7.1f} of {BUDGET[name]:4.0f}  {name}{over}")

@@ -1,0 +1,855 @@
+"""Planted bugs, each a mistake that somebody has made, and the test that must see it.
+
+`old` occurs exactly once in `file`; `new` takes its place. `test` is one pytest node that passes on the true code.
+"""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One planted bug."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+ATTENTION = "k2jax/kernels/attention/reference.py"
+MOBA = "k2jax/kernels/moba/reference.py"
+MOBA_XLA = "k2jax/kernels/moba/xla.py"
+STREAMS = "k2jax/kernels/moba/streams.py"
+MUONCLIP = "k2jax/muonclip.py"
+ROUTER = "k2jax/layers/router.py"
+ROPE = "k2jax/layers/rope.py"
+DISPATCH = "k2jax/layers/dispatch.py"
+MODEL = "k2jax/model.py"
+STEP = "k2jax/training/step.py"
+METRICS = "k2jax/training/metrics.py"
+
+ATTENDS = "tests/test_attention.py::test_values_and_max_logits_match_the_oracle"
+SELECTS = "tests/test_paper_moba.py::test_values_selection_and_gradients"
+FORWARD = "tests/test_paper_model.py::test_logits_max_logits_and_routing"
+GOLDEN = "tests/test_golden_deepseek_v3.py::"
+LAYERS = "tests/test_layers.py::"
+CLIPS = "tests/test_qk_clip.py::"
+MUON = "tests/test_muonclip.py::"
+DATA = "tests/test_pipeline.py::"
+MIXTURE = "tests/test_mixture.py::"
+ONE_STEP = "tests/test_step.py::"
+TRAINING = "tests/test_training.py::"
+
+ATTENTION_MUTANTS = (
+    Mutant(
+        "the softmax scale is applied twice",
+        ATTENTION,
+        "logits_BGRTS = scale * jnp.einsum(",
+        "logits_BGRTS = scale * scale * jnp.einsum(",
+        f"{ATTENDS}[causal-reference]",
+    ),
+    Mutant(
+        "a query does not see its own position",
+        ATTENTION,
+        "jnp.arange(S) <= position_BT[:, :, None]",
+        "jnp.arange(S) <= jnp.maximum(position_BT[:, :, None] - 1, 0)",
+        f"{ATTENDS}[causal-xla]",
+    ),
+    Mutant(
+        "packed documents see each other",
+        ATTENTION,
+        "(query_segment_BT[:, :, None] == segment_ids[:, None, :])",
+        "(segment_ids[:, None, :] == segment_ids[:, None, :])",
+        f"{ATTENDS}[packed segments-reference]",
+    ),
+    Mutant(
+        "max logits are of the magnitude, not signed",
+        ATTENTION,
+        "jnp.max(max_BGRT, axis=-1).reshape(B, H)",
+        "jnp.max(jnp.abs(max_BGRT), axis=-1).reshape(B, H)",
+        "tests/test_attention.py::test_max_logit_is_signed_and_ignores_masked_pairs[reference]",
+    ),
+    Mutant(
+        "the own block takes part in the choice of earlier blocks",
+        MOBA,
+        "(jnp.arange(N) < own_block_BT[..., None])",
+        "(jnp.arange(N) <= own_block_BT[..., None])",
+        f"{SELECTS}[many_ragged_blocks_and_shared_keys-reference]",
+    ),
+    Mutant(
+        "top_k does not count the own block",
+        MOBA,
+        "candidate_BTN[:, :, None], top_k - 1)",
+        "candidate_BTN[:, :, None], top_k)",
+        f"{SELECTS}[many_ragged_blocks_and_shared_keys-reference]",
+    ),
+    Mutant(
+        "equal scores go to the highest block",
+        "k2jax/kernels/moba/blocks.py",
+        "best = jnp.argmax(score_N, axis=-1).astype(jnp.int32)",
+        "best = (score_N.shape[-1] - 1 - jnp.argmax(score_N[..., ::-1], axis=-1)).astype(jnp.int32)",
+        "tests/test_paper_moba.py::test_equal_scores_go_to_the_lowest_block[xla]",
+    ),
+    Mutant(
+        "a block is scored by its last key instead of the mean",
+        MOBA_XLA,
+        "jnp.mean(_far(k_BSGK, sizes, history.start_BN, segment_ids).astype(jnp.float32), axis=2)",
+        "_far(k_BSGK, sizes, history.start_BN, segment_ids).astype(jnp.float32)[:, :, -1]",
+        f"{SELECTS}[many_ragged_blocks_and_shared_keys-xla]",
+    ),
+    Mutant(
+        "partial results are joined without their share of the softmax",
+        STREAMS,
+        "out_MV = out_MV * jnp.exp(lse_M - joined_M)[:, None]",
+        "out_MV = out_MV * 1.0",
+        f"{SELECTS}[many_ragged_blocks_and_shared_keys-xla]",
+    ),
+)
+
+OPTIMIZER_MUTANTS = (
+    Mutant(
+        "the momentum has the wrong sign",
+        MUONCLIP,
+        "    mu = beta * mu + grad\n",
+        "    mu = beta * mu - grad\n",
+        f"{MUON}test_one_step_equals_optax_muon",
+    ),
+    Mutant(
+        "a Newton-Schulz coefficient is wrong",
+        "k2jax/newton_schulz.py",
+        "KELLER = (3.4445, -4.7750, 2.0315)",
+        "KELLER = (3.4445, -4.7750, 2.0135)",
+        f"{MUON}test_one_step_equals_optax_muon",
+    ),
+    Mutant(
+        "the update is scaled by the short side",
+        MUONCLIP,
+        "math.sqrt(max(fan_in, fan_out))",
+        "math.sqrt(min(fan_in, fan_out))",
+        f"{MUON}test_update_has_the_rms_of_adamw[32-96]",
+    ),
+    Mutant(
+        "gains and embeddings are not decayed",
+        MUONCLIP,
+        "(direction + weight_decay * param.astype(jnp.float32))",
+        "(direction + (role is not None) * weight_decay * param.astype(jnp.float32))",
+        f"{MUON}test_decay_is_decoupled_and_uses_the_plain_rate_on_every_leaf_but_external",
+    ),
+    Mutant(
+        "the heads of an output projection are matrices of their own",
+        "k2jax/training/optimizer.py",
+        "_HEADS_IN = MatrixSpec(reduction_axis=(-3, -2), output_axis=-1)",
+        "_HEADS_IN = MatrixSpec(reduction_axis=-2, output_axis=-1)",
+        "tests/test_optimizer_roles.py::test_the_axes_cut_each_weight_into_fan_in_and_fan_out[latent]",
+    ),
+    Mutant(
+        "a model without q-LoRA is clipped at the leaf of one that has it",
+        "k2jax/training/optimizer.py",
+        'query = "wq" if cfg.attn.q_lora_rank is None else "wq_b"',
+        'query = "wq_b"',
+        "tests/test_optimizer_roles.py::test_qk_clip_names_leaves_that_exist_keyed_as_the_max_logits[latent_without_q]",
+    ),
+    Mutant(
+        "the clip scales by gamma where it should by its root",
+        MUONCLIP,
+        "root = jnp.sqrt(gamma)",
+        "root = gamma",
+        f"{CLIPS}test_recomputed_mla_logits_equal_min_of_S_and_tau[rope-q-lora]",
+    ),
+    Mutant(
+        "the rotary query is scaled as if the shared rotary key were clipped too",
+        MUONCLIP,
+        "jnp.where(in_nope_q, root, gamma)",
+        "jnp.where(in_nope_q, root, root)",
+        f"{CLIPS}test_recomputed_mla_logits_equal_min_of_S_and_tau[rope-no q-lora]",
+    ),
+    Mutant(
+        "the shared rotary key is clipped, once for every head",
+        MUONCLIP,
+        "        return {spec.q: jnp.where(",
+        '        shared = {"wkv_a": jnp.prod(gamma)} if "wkv_a" in weights else {}\n'
+        "        return shared | {spec.q: jnp.where(",
+        f"{CLIPS}test_values_output_and_shared_rotary_key_are_bitwise_untouched",
+    ),
+    Mutant(
+        "values are clipped with the keys",
+        MUONCLIP,
+        "jnp.where(in_nope_kv, root, 1.0)",
+        "jnp.where(in_nope_kv, root, root)",
+        f"{CLIPS}test_values_output_and_shared_rotary_key_are_bitwise_untouched",
+    ),
+    Mutant(
+        "a group's key is scaled by its largest gamma",
+        MUONCLIP,
+        "jnp.sqrt(jnp.min(grouped, axis=-1, keepdims=True))",
+        "jnp.sqrt(jnp.max(grouped, axis=-1, keepdims=True))",
+        f"{CLIPS}test_gqa_scales_a_shared_key_once_and_gives_siblings_back_what_they_lose",
+    ),
+    Mutant(
+        "the clip scales the weights before the update",
+        MUONCLIP,
+        "((param + update) * factor - param)",
+        "(param * factor - param + update)",
+        f"{CLIPS}test_clip_scales_the_updated_weights_and_leaves_momentum_alone",
+    ),
+    Mutant(
+        "an infinite max logit clips a head to nothing",
+        MUONCLIP,
+        "above = jnp.isfinite(logits) & (logits > config.tau)",
+        "above = logits > config.tau",
+        f"{CLIPS}test_heads_not_above_tau_change_nothing_bitwise[gqa-inf]",
+    ),
+    Mutant(
+        "max logits of micro-batches are added",
+        MUONCLIP,
+        "jax.tree.map(jnp.maximum, tree_a, tree_b)",
+        "jax.tree.map(jnp.add, tree_a, tree_b)",
+        f"{CLIPS}test_accumulation_over_micro_batches_takes_the_maximum",
+    ),
+)
+
+MODEL_MUTANTS = (
+    Mutant(
+        "rotary pairs are halves apart",
+        ROPE,
+        "first_BTHF = x_BTHR[..., 0::2].astype(jnp.float32)\n        second_BTHF = x_BTHR[..., 1::2]",
+        "first_BTHF = x_BTHR[..., : x_BTHR.shape[-1] // 2].astype(jnp.float32)\n"
+        "        second_BTHF = x_BTHR[..., x_BTHR.shape[-1] // 2 :]",
+        f"{LAYERS}test_rotary_positions_turn_neighbouring_pairs",
+    ),
+    Mutant(
+        "YaRN slows the fast pairs and keeps the slow ones",
+        ROPE,
+        "(extra_F / cfg.factor * slowed_F + extra_F * (1.0 - slowed_F))",
+        "(extra_F / cfg.factor * (1.0 - slowed_F) + extra_F * slowed_F)",
+        f"{LAYERS}test_yarn_of_kimi_k2_is_a_step_between_pairs_19_and_20",
+    ),
+    Mutant(
+        "YaRN's magnitude enters the softmax scale once",
+        ROPE,
+        "yarn_mscale(cfg.factor, cfg.mscale_all_dim) ** 2",
+        "yarn_mscale(cfg.factor, cfg.mscale_all_dim)",
+        f"{LAYERS}test_softmax_scale_before_and_after_the_extension",
+    ),
+    Mutant(
+        "the router's bias is part of the weights",
+        ROUTER,
+        "jnp.where(chosen_BTJE, scores_BTE[:, :, None], 0.0)",
+        'jnp.where(chosen_BTJE, (scores_BTE + p["bias"])[:, :, None], 0.0)',
+        f"{LAYERS}test_the_bias_chooses_and_does_not_weigh",
+    ),
+    Mutant(
+        "other groups are masked with zero",
+        ROUTER,
+        "jnp.where(kept_BTG[..., None], choice_BTGP, -jnp.inf)",
+        "jnp.where(kept_BTG[..., None], choice_BTGP, 0.0)",
+        f"{LAYERS}test_experts_of_other_groups_stay_out_when_every_bias_is_negative",
+    ),
+    Mutant(
+        "the route scale is forgotten",
+        ROUTER,
+        " + 1e-20) * cfg.route_scale",
+        " + 1e-20)",
+        f"{FORWARD}[mla_without_q_lora]",
+    ),
+    Mutant(
+        "dispatch drops the rows of a tile that is not full",
+        DISPATCH,
+        "sizes_E = -(-load_E // TILE) * TILE",
+        "sizes_E = load_E // TILE * TILE",
+        f"{FORWARD}[experts_only_two_shared]",
+    ),
+    Mutant(
+        "a tile at the border of two groups takes the earlier group's matrix",
+        "k2jax/kernels/grouped_matmul/xla.py",
+        'side="right"',
+        'side="left"',
+        "tests/test_grouped_matmul.py::test_every_row_meets_the_matrix_of_its_group[xla-all groups]",
+    ),
+    Mutant(
+        "positions run on across packed documents",
+        MODEL,
+        "return index_BT - sharding.like(jax.lax.cummax(starts_BT, axis=1), tokens_BT)",
+        "return index_BT",
+        "tests/test_model.py::test_positions_count_from_the_start_of_each_document",
+    ),
+    Mutant(
+        "log probabilities are of the token itself",
+        MODEL,
+        "sharding.like(jnp.pad(sharding.whole(tokens_BT, 1)[:, 1:], ((0, 0), (0, 1))), tokens_BT)",
+        "tokens_BT",
+        "tests/test_paper_model.py::test_token_logprobs_are_the_log_softmax_of_the_logits",
+    ),
+    Mutant(
+        "the shared experts' parameters count as routed",
+        MODEL,
+        "active -= experts - experts * cfg.moe.experts_per_token",
+        "active -= experts - experts * (cfg.moe.experts_per_token + 1)",
+        "tests/test_paper_model.py::test_released_k2_has_the_parameters_of_its_formula",
+    ),
+    Mutant(
+        "a token's gradient misses all but its first expert",
+        DISPATCH,
+        "return _rows(grad_RD, plan).sum(axis=1), None",
+        "return _rows(grad_RD, plan)[:, 0], None",
+        f"{LAYERS}test_there_and_back_equals_plain_indexing_with_autodiff[random]",
+    ),
+    Mutant(
+        "padding tokens count in the load",
+        "k2jax/layers/moe.py",
+        " & valid_BT[..., None, None]",
+        "",
+        f"{LAYERS}test_padding_tokens_are_computed_and_counted_nowhere",
+    ),
+    Mutant(
+        "the norm's epsilon is added outside the root",
+        "k2jax/layers/norm.py",
+        "jax.lax.rsqrt(jnp.mean(jnp.square(y_D), axis=-1, keepdims=True) + eps)",
+        "(jax.lax.rsqrt(jnp.mean(jnp.square(y_D), axis=-1, keepdims=True)) + eps)",
+        f"{LAYERS}test_the_norm_adds_epsilon_under_the_root",
+    ),
+    Mutant(
+        "each device keeps its own queries' max logits",
+        "k2jax/kernels/partition.py",
+        "jax.lax.pmax(jax.lax.stop_gradient(x), axes)",
+        "x",
+        "tests/test_partition.py::test_attention_is_the_same_however_it_is_cut",
+    ),
+    Mutant(
+        "every part of a sequence believes to be its beginning",
+        "k2jax/kernels/partition.py",
+        "q_offset_B + jax.lax.axis_index(queries) * q_BTHK.shape[1]",
+        "q_offset_B",
+        "tests/test_partition.py::test_attention_is_the_same_however_it_is_cut",
+    ),
+    Mutant(
+        "parts of an expert's hidden units are not added up",
+        "k2jax/layers/moe.py",
+        "y_BTD = jax.lax.psum(y_BTD, summed)",
+        "pass",
+        "tests/test_expert_parallel.py::test_experts_are_the_same_on_every_mesh",
+    ),
+    Mutant(
+        "every device believes to hold the first experts",
+        "k2jax/layers/moe.py",
+        "first = jax.lax.axis_index(experts) * here if experts else 0",
+        "first = 0",
+        "tests/test_expert_parallel.py::test_experts_are_the_same_on_every_mesh",
+    ),
+    Mutant(
+        "the balance rule punishes experts with too few tokens",
+        ROUTER,
+        "jnp.sign(load_E.mean(axis=-1, keepdims=True) - load_E)",
+        "jnp.sign(load_E - load_E.mean(axis=-1, keepdims=True))",
+        f"{LAYERS}test_the_bias_rises_where_the_load_is_low_and_its_mean_stays",
+    ),
+    Mutant(
+        "the norms inside of MLA take the blocks' epsilon",
+        "k2jax/layers/mla.py",
+        'rms_norm(p["kv_norm"], c_BTC, LATENT_EPS)',
+        'rms_norm(p["kv_norm"], c_BTC, cfg.norm_eps)',
+        f"{GOLDEN}test_logits_and_chosen_experts[coarse_epsilon]",
+    ),
+    Mutant(
+        "cos and sin miss the ratio of YaRN's two magnitudes",
+        ROPE,
+        "magnitude = yarn_mscale(cfg.factor, cfg.mscale) / yarn_mscale(cfg.factor, cfg.mscale_all_dim)",
+        "magnitude = 1.0",
+        f"{GOLDEN}test_logits_and_chosen_experts[coarse_epsilon]",
+    ),
+    Mutant(
+        "a group is scored by its best expert alone",
+        ROUTER,
+        "jax.lax.top_k(choice_BTGP, 2)[0].sum(axis=-1)",
+        "jax.lax.top_k(choice_BTGP, 1)[0].sum(axis=-1)",
+        f"{GOLDEN}test_logits_and_chosen_experts[expert_groups]",
+    ),
+    Mutant(
+        "pinned experts are ignored",
+        MODEL,
+        'pinned = routing if group == "moe" else None',
+        "pinned = None",
+        f"{GOLDEN}test_pinned_experts_are_used_whatever_the_bias_says[kimi_k2]",
+    ),
+    Mutant(
+        "no gradient reaches the router through its weights",
+        ROUTER,
+        "jnp.where(chosen_BTJE, scores_BTE[:, :, None], 0.0)",
+        "jnp.where(chosen_BTJE, jax.lax.stop_gradient(scores_BTE)[:, :, None], 0.0)",
+        f"{GOLDEN}test_gradients_of_the_mean_cross_entropy",
+    ),
+)
+
+TRAINING_MUTANTS = (
+    Mutant(
+        "the loss mask is ignored",
+        STEP,
+        'nats = -jnp.sum(logp_BT * batch["loss_mask"]) / num_targets',
+        "nats = -jnp.sum(logp_BT) / num_targets",
+        f"{ONE_STEP}test_what_the_mask_hides_leaves_no_trace",
+    ),
+    Mutant(
+        "the mean is over all positions, hidden ones too",
+        STEP,
+        'num_targets = jnp.maximum(batch["loss_mask"].sum(), 1.0)',
+        'num_targets = float(batch["loss_mask"].size)',
+        f"{ONE_STEP}test_the_loss_is_the_mean_over_the_predicted_tokens",
+    ),
+    Mutant(
+        "max logits of micro-batches are added in the step",
+        STEP,
+        "jax.tree.map(jnp.maximum, carry[1], highest)",
+        "jax.tree.map(jnp.add, carry[1], highest)",
+        f"{ONE_STEP}test_micro_batches_add_losses_and_take_the_largest_max_logit",
+    ),
+    Mutant(
+        "the guard keeps what is broken and drops what is sound",
+        STEP,
+        "jnp.where(finite, a, b), new, old)",
+        "jnp.where(finite, b, a), new, old)",
+        f"{ONE_STEP}test_a_sound_step_is_taken_and_a_broken_one_is_not",
+    ),
+    Mutant(
+        "the schedule of a later stage counts the tokens of the whole run",
+        "k2jax/training/schedules.py",
+        "(step - part.start + 1.0) * per_step",
+        "(step + 1.0) * per_step",
+        "tests/test_stages.py::test_every_stage_has_a_schedule_of_its_own",
+    ),
+    Mutant(
+        "a stage forgets what the stage before it changed",
+        "k2jax/config/load.py",
+        "        current = _merge(current, stage)\n        complete.append(current)",
+        "        complete.append(_merge(current, stage))",
+        "tests/test_stages.py::test_a_stage_is_the_stage_before_it_with_its_changes",
+    ),
+    Mutant(
+        "the cosine ends at zero",
+        "k2jax/training/schedules.py",
+        "final + (peak - final) * left",
+        "peak * left",
+        f"{TRAINING}test_the_schedule_at_its_boundaries",
+    ),
+    Mutant(
+        "the schedule counts from zero tokens, so the first step has no rate",
+        "k2jax/training/schedules.py",
+        "(step - part.start + 1.0) * per_step",
+        "(step - part.start) * per_step",
+        f"{TRAINING}test_the_schedule_counts_tokens_not_steps",
+    ),
+    Mutant(
+        "a spike is a loss that falls",
+        METRICS,
+        "loss > median + self.WIDTH",
+        "loss < median - self.WIDTH",
+        f"{TRAINING}test_a_spike_stands_out_and_ordinary_noise_does_not",
+    ),
+    Mutant(
+        "a resumed log keeps a line past the checkpoint",
+        METRICS,
+        'if line["step"] <= first_step]',
+        'if line["step"] <= first_step + 1]',
+        f"{TRAINING}test_history_is_what_was_written_up_to_the_checkpoint",
+    ),
+    Mutant(
+        "a checkpoint's fingerprint is not compared",
+        "k2jax/training/checkpoints.py",
+        "        if wrong:\n",
+        "        if wrong and not found:\n",
+        "tests/test_checkpoints.py::test_a_flipped_bit_that_still_decodes_is_told",
+    ),
+    Mutant(
+        "the fingerprint sees a number's lower half only",
+        "k2jax/training/checkpoints.py",
+        "unsigned[x.dtype.itemsize]).astype(jnp.uint32)",
+        "unsigned[x.dtype.itemsize]).astype(jnp.uint8)",
+        "tests/test_checkpoints.py::test_the_fingerprint_sees_every_bit",
+    ),
+)
+
+DATA_MUTANTS = (
+    Mutant(
+        "windows overlap by one token too many",
+        "k2jax/data/packing.py",
+        "start = int(index) * self._seq_len",
+        "start = int(index) * (self._seq_len - 1)",
+        f"{DATA}test_segments_and_mask_of_a_window_written_by_hand",
+    ),
+    Mutant(
+        "the loss sees the border between two documents",
+        "k2jax/data/packing.py",
+        "loss_mask[:real] = document[1:] == document[:-1]",
+        "loss_mask[:real] = 1",
+        f"{DATA}test_windows_predict_every_token_of_the_stream_exactly_once[7]",
+    ),
+    Mutant(
+        "every epoch has the same order",
+        "k2jax/data/pipeline.py",
+        ".shuffle(seed=_spread(seed, k)).repeat()",
+        ".shuffle(seed=_spread(seed, k)).repeat(reseed_each_epoch=False)",
+        f"{DATA}test_each_epoch_holds_every_window_once_in_a_new_order",
+    ),
+    Mutant(
+        "a resumed stream skips a batch",
+        "k2jax/data/pipeline.py",
+        '{"next_index": batches}',
+        '{"next_index": batches + (batches > 0)}',
+        f"{DATA}test_state_after_n_batches_gives_batch_n_plus_1_next[0]",
+    ),
+    Mutant(
+        "a new stage reads its sources from the beginning",
+        "k2jax/data/pipeline.py",
+        'start, left = state["position"], {}',
+        'start, left = state["stage_start"], {}',
+        f"{MIXTURE}test_new_weights_and_batch_sizes_lose_and_repeat_no_window[0]",
+    ),
+    Mutant(
+        "windows of another length go on inside a pass",
+        "k2jax/data/pipeline.py",
+        "passes = [-(-n // size) for",
+        "passes = [n // size for",
+        f"{MIXTURE}test_another_window_length_starts_a_new_pass_and_tells_what_was_left",
+    ),
+    Mutant(
+        "every row of the mixture counts as a row of each source",
+        "k2jax/data/pipeline.py",
+        "n = self.stage_start[k] + self._shares.counts(row)[k]",
+        "n = self.stage_start[k] + row",
+        f"{MIXTURE}test_every_window_comes_once_in_each_pass_over_its_source",
+    ),
+    Mutant(
+        "each process feeds the first rows",
+        "k2jax/data/pipeline.py",
+        "return [batch * self._batch_size + row for row in self._rows]",
+        "return [batch * self._batch_size + i for i in range(len(self._rows))]",
+        f"{MIXTURE}test_rows_do_not_depend_on_processes_or_threads[0]",
+    ),
+    Mutant(
+        "changed weights pass for the saved ones",
+        "k2jax/data/pipeline.py",
+        "        self._refuse_changes(state, self._identity)\n",
+        '        self._refuse_changes(state, self._identity | {"weights": state["weights"]})\n',
+        f"{MIXTURE}test_a_changed_mixture_is_refused_with_the_difference_and_the_fix[weights]",
+    ),
+    Mutant(
+        "whoever is furthest behind comes first",
+        "k2jax/data/mixture.py",
+        "key=lambda k: Fraction((scale - 1) * period - scale * behind[k], parts[k])",
+        "key=lambda k: -behind[k]",
+        f"{MIXTURE}test_counts_never_leave_the_proven_bound_and_are_exact_after_a_period[0]",
+    ),
+    Mutant(
+        "a process gives its devices its first rows",
+        "k2jax/training/feed.py",
+        "at = int(np.searchsorted(self._sequences, first))",
+        "at = 0",
+        "tests/test_feed.py::test_every_device_gets_the_rows_and_tokens_that_the_mesh_gives_it[mesh0]",
+    ),
+    Mutant(
+        "nats pass for bits",
+        "k2jax/data/pipeline.py",
+        "total_nats / math.log(2) / self.num_bytes",
+        "total_nats / self.num_bytes",
+        f"{DATA}test_bits_per_byte_of_a_uniform_guess_charges_eos_to_the_bytes",
+    ),
+    Mutant(
+        "the first layers of an attention list are full, not the last",
+        "configs/common.py",
+        '(kind,) * (num_layers - full_last) + ("full",) * full_last',
+        '("full",) * full_last + (kind,) * (num_layers - full_last)',
+        "tests/test_config.py::test_the_last_layers_of_an_attention_list_are_full",
+    ),
+)
+
+REPORT_MUTANTS = (
+    Mutant(
+        "the own block counts as a pick of the gate",
+        "k2jax/report/moba.py",
+        "np.add.at(share_HQC, (h, row_T[t], selected_HTJ[h, t, j + 1]), 1)",
+        "np.add.at(share_HQC, (h, row_T[t], selected_HTJ[h, t, j]), 1)",
+        "tests/test_report.py::test_block_shares_count_gate_picks_and_leave_the_own_block_out",
+    ),
+    Mutant(
+        "a thinned curve loses its peaks",
+        "k2jax/report/svg.py",
+        "stats = (finite.mean(), finite.min(), finite.max())",
+        "stats = (finite.mean(),) * 3",
+        "tests/test_report.py::test_thin_keeps_extremes_and_shows_gaps",
+    ),
+)
+
+SHARDS = "k2jax/data/shards.py"
+PREPARE = "k2jax/data/prepare.py"
+K2 = "k2jax/data/tokenizers/k2.py"
+HUGGING_FACE = "k2jax/data/tokenizers/hugging_face.py"
+IN_SHARDS = "tests/test_shards.py::"
+IN_TOKENIZERS = "tests/test_tokenizers.py::"
+SAME_STREAM = f"{IN_SHARDS}test_shards_are_the_stream_that_memory_holds[3-uint16]"
+PREPARED = f"{IN_SHARDS}test_prepared_shards_are_what_training_on_the_text_would_read"
+
+SOURCE_MUTANTS = (
+    Mutant(
+        "documents of a later shard start where those of the first do",
+        SHARDS,
+        "np.concatenate([s + offset for s, offset in",
+        "np.concatenate([s + 0 * offset for s, offset in",
+        SAME_STREAM,
+    ),
+    Mutant(
+        "shards of another tokenizer are read",
+        SHARDS,
+        "tokenizer.fingerprint != self.index.tokenizer_fingerprint",
+        "tokenizer.vocab_size < self.index.vocab_size",
+        f"{IN_SHARDS}test_the_wrong_tokenizer_or_no_index_is_refused",
+    ),
+    Mutant(
+        "two tokenizers with equal ids give one fingerprint",
+        "k2jax/data/stream.py",
+        'hashlib.sha256(tokenizer.fingerprint.encode() + b"\\0")',
+        'hashlib.sha256(b"\\0")',
+        f"{IN_SHARDS}test_equal_ids_of_another_tokenizer_are_another_stream",
+    ),
+    Mutant(
+        "bytes of text are counted as tokens",
+        PREPARE,
+        "np.concatenate(encoded), lengths, sum(map(len, texts))",
+        "np.concatenate(encoded), lengths, int(lengths.sum())",
+        PREPARED,
+    ),
+    Mutant(
+        "a finished shard is taken as it is",
+        PREPARE,
+        "            verify(folder, shard, token_dtype(tokenizer.vocab_size))\n",
+        "",
+        f"{IN_SHARDS}test_a_damaged_shard_is_named_by_the_next_run",
+    ),
+    Mutant(
+        "text that belongs to finished shards does not count when the next is filled",
+        PREPARE,
+        "        before[split] += len(document.text)\n        name =",
+        "        before[split] += 0 if finished[split] else len(document.text)\n        name =",
+        f"{IN_SHARDS}test_a_shard_that_is_gone_is_made_again_and_no_other",
+    ),
+    Mutant(
+        "a source that changed between counting and tokenising is not seen",
+        PREPARE,
+        "if digest.hexdigest() != plan.sha256:",
+        "if not digest.hexdigest():",
+        f"{IN_SHARDS}test_a_source_that_changes_meanwhile_is_refused",
+    ),
+    Mutant(
+        "a tokenizer is trained on held-out text",
+        PREPARE,
+        '_split(document, request) == "train" and is_chosen',
+        "is_chosen",
+        f"{IN_SHARDS}test_a_tokenizer_is_trained_on_the_training_text_alone",
+    ),
+    Mutant(
+        "vendored copies are trained on again",
+        "k2jax/data/sources/installed.py",
+        "        seen.add(digest)\n",
+        "",
+        "tests/test_sources.py::test_packages_source_keeps_text_that_people_wrote",
+    ),
+    Mutant(
+        "special tokens in a document become control tokens of K2",
+        K2,
+        "allow_special: bool = False",
+        "allow_special: bool = True",
+        f"{IN_TOKENIZERS}test_k2_in_a_document_special_tokens_are_text",
+    ),
+    Mutant(
+        "K2's long runs are cut one character late",
+        K2,
+        "range(run.start() + _LONGEST_RUN,",
+        "range(run.start() + _LONGEST_RUN + 1,",
+        f"{IN_TOKENIZERS}test_k2_cuts_long_texts_and_long_runs_where_the_release_does",
+    ),
+    Mutant(
+        "special tokens in a document become control tokens of a Hugging Face tokenizer",
+        HUGGING_FACE,
+        "encode_special_tokens = True",
+        "encode_special_tokens = False",
+        f"{IN_TOKENIZERS}test_hf_in_a_document_special_tokens_are_text",
+    ),
+    Mutant(
+        "a Hugging Face tokenizer cuts documents as its file asks",
+        HUGGING_FACE,
+        "        self._tokenizer.no_truncation()\n",
+        "",
+        f"{IN_TOKENIZERS}test_hf_what_the_file_would_do_to_a_text_is_switched_off",
+    ),
+)
+
+RUNNING_MUTANTS = (
+    Mutant(
+        "copies of a run train side by side where srun is missing",
+        "k2jax/training/distributed.py",
+        'if "SLURM_STEP_NODELIST" not in env:',
+        'if "SLURM_JOB_NODELIST" in env:',
+        "tests/test_distributed.py::test_copies_that_would_train_side_by_side_are_refused[a batch script without srun]",
+    ),
+    Mutant(
+        "several slices of one host count as one process",
+        "k2jax/training/distributed.py",
+        "if hosts > 1 or slices > 1:",
+        "if hosts > 1:",
+        "tests/test_distributed.py::test_the_environment_decides_whether_jax_is_asked[two slices]",
+    ),
+    Mutant(
+        "two processes with one id count as two",
+        "k2jax/training/distributed.py",
+        "if process in here and not _has_left(here[process]):",
+        "if process in here and _has_left(here[process]):",
+        "tests/test_distributed.py::test_two_processes_with_one_id",
+    ),
+    Mutant(
+        "a damaged cache entry stays where it is",
+        "k2jax/training/compile_cache.py",
+        "entry.unlink(missing_ok=True)",
+        "entry.touch()",
+        "tests/test_compile_cache.py::test_damaged_entries_are_told_replaced_and_change_no_number",
+    ),
+    Mutant(
+        "others may write what this user runs",
+        "k2jax/training/compile_cache.py",
+        "mode=0o700",
+        "mode=0o755",
+        "tests/test_compile_cache.py::test_the_second_start_hits_gives_the_same_bits_and_the_folder_is_the_users_own",
+    ),
+    Mutant(
+        "a resumed run repeats steps in its tracker",
+        METRICS,
+        'line["step"] > self._tracked',
+        'line["step"] > 0',
+        "tests/test_trackers.py::test_a_resumed_run_continues_the_trackers_run_and_repeats_no_step[trackio]",
+    ),
+    Mutant(
+        "every start is a new run of the tracker",
+        "k2jax/training/trackers.py",
+        "    if spec in known:\n",
+        "    if spec not in known and known:\n",
+        "tests/test_trackers.py::test_a_resumed_run_continues_the_trackers_run_and_repeats_no_step[wandb]",
+    ),
+    Mutant(
+        "the training waits for its tracker for ever",
+        "k2jax/training/trackers.py",
+        "self._thread.join(PATIENCE)",
+        "self._thread.join(PATIENCE * 100)",
+        "tests/test_trackers.py::test_a_tracker_that_hangs_holds_nothing_up[log]",
+    ),
+    Mutant(
+        "slow steps count as hangs",
+        "k2jax/training/watchdog.py",
+        "max(LEAST, TIMES * statistics.median(self._steps))",
+        "min(LEAST, TIMES * statistics.median(self._steps))",
+        "tests/test_watchdog.py::test_the_limit_is_ten_median_steps_and_five_minutes_at_least",
+    ),
+    Mutant(
+        "a sign of life does not reset the watchdog",
+        "k2jax/training/watchdog.py",
+        "self._since, self._next = now - self._since, now, now + self.limit",
+        "self._since, self._next = now - self._since, now, self._next or now + self.limit",
+        "tests/test_watchdog.py::test_signs_of_life_and_rest_keep_it_quiet",
+    ),
+    Mutant(
+        "a point of another length counts as finished",
+        "experiments/sweep_results.py",
+        'lines[-1]["step"] == steps',
+        'lines[-1]["step"] > 0',
+        "tests/test_sweep.py::test_a_point_cut_short_is_not_finished",
+    ),
+    Mutant(
+        "a point of another config counts as finished",
+        "experiments/sweep_results.py",
+        "config == json.loads(json.dumps(dataclasses.asdict(point.cfg)))",
+        "isinstance(config, dict)",
+        "tests/test_sweep.py::test_a_finished_point_has_its_config_evaluation_checkpoint_and_page",
+    ),
+    Mutant(
+        "the worst point comes first",
+        "experiments/sweep_results.py",
+        'else r["bits_per_byte"])',
+        'else -r["bits_per_byte"])',
+        "tests/test_sweep.py::test_the_best_comes_first_and_what_has_no_number_last",
+    ),
+    Mutant(
+        "all jobs share the first GPU",
+        "experiments/sweep_jobs.py",
+        "tuple(gpus[i::jobs]) or (gpus[i % len(gpus)],)",
+        "tuple(gpus[0:1])",
+        "tests/test_sweep.py::test_gpus_are_dealt_out_in_turn[4-gpus1-expected1]",
+    ),
+    Mutant(
+        "long names of different points become one folder",
+        "experiments/sweep_points.py",
+        'return f"{safe[: LONGEST - 9]}-{hashlib.sha256(raw.encode()).hexdigest()[:8]}"',
+        "return safe[:LONGEST]",
+        "tests/test_sweep.py::test_names_are_short_safe_and_follow_from_the_settings_alone",
+    ),
+)
+
+MEMORY = "k2jax/training/memory.py"
+MACHINE_MUTANTS = (
+    Mutant(
+        "memory is that of all devices together",
+        MEMORY,
+        "return whole // math.prod(mesh.shape[axis] for axis in axes)",
+        "return whole",
+        "tests/test_memory.py::test_a_mesh_larger_than_this_machine_divides_what_it_cuts",
+    ),
+    Mutant(
+        "a step that does not fit is only warned of",
+        MEMORY,
+        "if memory.total > has.limit:",
+        "if memory.total > 2 * has.limit:",
+        "tests/test_memory.py::test_between_90_and_100_percent_it_warns",
+    ),
+    Mutant(
+        "simulated devices each have the whole host",
+        MEMORY,
+        "return Capacity(limit // devices,",
+        "return Capacity(limit,",
+        "tests/test_memory.py::test_simulated_devices_share_the_host",
+    ),
+    Mutant(
+        "the doctor compares values alone",
+        "k2jax/diagnostics/ops.py",
+        'return {"value": result, "gradient": pull([_cotangent(leaf) for leaf in leaves])}',
+        'return {"value": result}',
+        "tests/test_doctor.py::test_a_wrong_op_fails_and_says_how[gradient]",
+    ),
+    Mutant(
+        "the doctor takes what is no number for right",
+        "k2jax/diagnostics/ops.py",
+        "float(difference / (size or 1.0)) if np.isfinite(difference) else np.inf",
+        "float(np.nan_to_num(difference / (size or 1.0)))",
+        "tests/test_doctor.py::test_a_wrong_op_fails_and_says_how[not a number]",
+    ),
+    Mutant(
+        "a wrong op leaves the doctor's status 0",
+        "experiments/doctor.py",
+        'sys.exit(1 if found["wrong"] else 0)',
+        "sys.exit(0)",
+        "tests/test_doctor.py::test_a_wrong_op_ends_with_1_and_stops_nothing",
+    ),
+    Mutant(
+        "a wrong collective passes",
+        "k2jax/diagnostics/rates.py",
+        "bool(np.array_equal(got, right(host, devices)))",
+        "bool(got.size)",
+        "tests/test_doctor.py::test_collectives_over_eight_devices_are_measured_and_checked",
+    ),
+)
+
+MUTANTS = (
+    *MACHINE_MUTANTS,
+    *ATTENTION_MUTANTS,
+    *OPTIMIZER_MUTANTS,
+    *MODEL_MUTANTS,
+    *TRAINING_MUTANTS,
+    *DATA_MUTANTS,
+    *REPORT_MUTANTS,
+    *SOURCE_MUTANTS,
+    *RUNNING_MUTANTS,
+)

@@ -1,0 +1,54 @@
+"""What must hold on a GPU: the XLA forms against float64, and a short training run. Run by `make gpu`."""
+
+import io
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from k2jax.config import load_config
+from k2jax.moba_pallas import moba_attention
+from k2jax.muonclip import NS
+from k2jax.newton_schulz import newton_schulz
+from k2jax.training.loop import train
+from k2jax.training.metrics import read_metrics
+from tests.oracles.moba import moba as moba_oracle
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu():
+    assert jax.default_backend() == "gpu", f"jax runs on {jax.default_backend()}: install the extra cuda12 or cuda13"
+
+
+def test_moba_agrees_with_the_oracle_in_full_float32():
+    shapes = [(1, 200, heads, 32) for heads in (4, 2, 2)]
+    q, k, v = (np.random.default_rng(i).normal(size=x).astype(np.float32) for i, x in enumerate(shapes))
+    segments = np.repeat([1, 2], [90, 110])[None].astype(np.int32)
+    with jax.default_matmul_precision("highest"):
+        out, residuals = moba_attention(
+            *(jnp.asarray(x) for x in (q, k, v)),
+            block_size=32, top_k=3, scale=0.2, segment_ids=jnp.asarray(segments), return_residuals=True,
+            implementation="xla",
+        )  # fmt: skip
+    expected = moba_oracle(q[0], k[0], v[0], 32, 3, 0.2, segments[0])
+    np.testing.assert_allclose(out[0], expected.out_THV, atol=2e-5)
+    np.testing.assert_allclose(residuals.max_logit_BH[0], expected.max_logit_H, atol=2e-5)
+
+
+def test_newton_schulz_in_bfloat16_stays_within_its_bound():
+    x = jax.random.normal(jax.random.key(0), (4, 256, 896))
+    exact = newton_schulz(x, NS.k2(dtype="float32"))
+    rounded = newton_schulz(x, NS.k2())
+    assert float(jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)) < 1.5e-2
+
+
+def test_nano_learns_on_a_gpu(tmp_path):
+    result = train(load_config("configs/nano.py:steps=60", {"train.sample_bytes": 0}), tmp_path, stream=io.StringIO())
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1.5
+    assert result.evaluation["eval/bits_per_byte"] < 4.5
+    assert all(math.isfinite(line["max_logit"]) and not line["skipped"] for line in lines)
