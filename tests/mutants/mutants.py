@@ -596,6 +596,20 @@ SOURCE_MUTANTS = (
         SAME_STREAM,
     ),
     Mutant(
+        "a read within a later part begins at the part's first token",
+        "k2jax/data/stream.py",
+        "yield part, start - begin, end - begin",
+        "yield part, 0, end - start",
+        f"{IN_SHARDS}test_joined_streams_are_one_after_the_other",
+    ),
+    Mutant(
+        "a shard's last piece repeats tokens of an earlier one",
+        SHARDS,
+        "self._rest = waiting[full:]",
+        "self._rest = waiting[: len(waiting) - full]",
+        SAME_STREAM,
+    ),
+    Mutant(
         "shards of another tokenizer are read",
         SHARDS,
         "tokenizer.fingerprint != self.index.tokenizer_fingerprint",
