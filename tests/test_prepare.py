@@ -24,6 +24,7 @@ KILLED = """
 import multiprocessing, os, signal, sys
 from experiments import common, prepare
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     left, real = [int(sys.argv.pop(1))], os.replace
     def replace(*paths):
         left[0] -= 1
