@@ -10,34 +10,10 @@ import pytest
 from k2jax.data import count_models
 from k2jax.data.sources import Document, load_documents, split_held_out
 from k2jax.data.tokenizers import ByteTokenizer
+from tests.test_pipeline import make_documents
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS, PAD = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id
-
-
-def make_documents(lengths=(3, 1, 17, 8, 40, 2, 5, 64, 9, 30, 11, 7), seed=0):
-    """Documents of random printable bytes, of the given lengths."""
-    rng = np.random.default_rng(seed)
-    texts = [rng.integers(32, 127, size=length, dtype=np.uint8).tobytes() for length in lengths]
-    return [Document(f"folder/{i}.txt", text) for i, text in enumerate(texts)]
-
-
-def reference_stream(documents):
-    """[(token, document index)] by plain Python."""
-    return [(t, d) for d, document in enumerate(documents) for t in [BOS, *document.text, EOS]]
-
-
-def take(iterator, count):
-    return [next(iterator) for _ in range(count)]
-
-
-def assert_same_batches(actual, expected):
-    assert len(actual) == len(expected)
-    for a, b in zip(actual, expected, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
-            assert a[key].dtype == b[key].dtype
 
 
 # Tokenizer

@@ -20,6 +20,7 @@ import pytest
 
 from k2jax.training.metrics import TIME_FIELDS
 from tests import tiny
+from tests.small_disk import small_disk
 
 pytestmark = pytest.mark.check
 
@@ -330,25 +331,14 @@ def test_metrics_that_do_not_fit_the_disk(world, undisturbed, tmp_path):
     completed(world, tmp_path, undisturbed)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 900 kB, and the way to enlarge it."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", place], check=False).returncode:
-        pytest.skip("may not mount a small file system here")
-    yield place, lambda: subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
-    subprocess.run(["umount", "-l", place], check=True)
-
-
-def test_a_disk_that_is_really_full(world, undisturbed, small_disk):
-    place, enlarge = small_disk
-    workdir = place / "run"
-    status, _, err = world.run(workdir)
-    assert status == 2, err
-    assert "Fix: free disk space" in told(err)
-    enlarge()
-    completed(world, workdir, undisturbed)
+def test_a_disk_that_is_really_full(world, undisturbed, tmp_path):
+    with small_disk(tmp_path / "disk", "900k") as enlarge:
+        workdir = tmp_path / "disk" / "run"
+        status, _, err = world.run(workdir)
+        assert status == 2, err
+        assert "Fix: free disk space" in told(err)
+        enlarge()
+        completed(world, workdir, undisturbed)
 
 
 def test_metrics_in_the_way(world, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from experiments.prepare import main
 from k2jax.training.errors import RunError
 from tests import tiny
+from tests.small_disk import small_disk
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,25 +134,15 @@ def test_a_worker_that_dies_is_told(text, tmp_path):
     assert (status, "a worker process ended, perhaps killed for memory. Fix: give fewer" in told(err)) == (2, True)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1.5 MB, and the way to enlarge it."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", place], check=False).returncode:
-        pytest.skip("may not mount a small file system here")
-    yield place, lambda: subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
-    subprocess.run(["umount", "-l", place], check=True)
-
-
-def test_a_full_disk_is_told_and_the_same_command_goes_on(text, undisturbed, small_disk):
-    place, enlarge = small_disk
-    status, _, err = prepare(text, place / "out")
-    assert status == 2, err
-    assert re.search(r"No space left on device.*Fix: free disk space", told(err))
-    enlarge()
-    assert prepare(text, place / "out")[0] == 0
-    assert contents(place / "out") == undisturbed
+def test_a_full_disk_is_told_and_the_same_command_goes_on(text, undisturbed, tmp_path):
+    out = tmp_path / "disk" / "out"
+    with small_disk(tmp_path / "disk", "1500k") as enlarge:
+        status, _, err = prepare(text, out)
+        assert status == 2, err
+        assert re.search(r"No space left on device.*Fix: free disk space", told(err))
+        enlarge()
+        assert prepare(text, out)[0] == 0
+        assert contents(out) == undisturbed
 
 
 @pytest.mark.parametrize(

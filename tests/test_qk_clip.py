@@ -11,7 +11,6 @@ import optax
 import pytest
 
 from k2jax.muonclip import (
-    NS,
     MatrixSpec,
     MHAClip,
     MLAClip,
@@ -21,23 +20,9 @@ from k2jax.muonclip import (
     muonclip,
     qk_clip,
 )
+from tests.test_muonclip import F32, TO_HEADS, N, P, V, first_update, normal, zeros_like
 
-F32 = NS.k2(dtype="float32")
-TO_HEADS = MatrixSpec(-3, (-2, -1))
 FROM_HEADS = MatrixSpec((-3, -2), -1)
-N, P, V = 8, 4, 6
-
-
-def normal(seed, *shape, scale=1.0):
-    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-def zeros_like(tree):
-    return jax.tree.map(jnp.zeros_like, tree)
-
-
-def first_update(tx, grads, params, **extra_args):
-    return tx.update(grads, tx.init(params), params, **extra_args)
 
 
 # --- what it means for logits ---------------------------------------------------------------------
