@@ -54,7 +54,9 @@ def hardware() -> str:
 
 def _commit() -> str:
     # An exported tree has no history; the result then says so instead of naming a commit.
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "git is not installed"
     return git.stdout.strip() or "not a git checkout"

@@ -7,7 +7,8 @@ import logging
 import signal
 import sys
 
-from k2jax.training.errors import Interrupted, RunError
+from k2jax.config import RunConfig, load_config
+from k2jax.training.errors import Interrupted, RunError, SetupError
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv=None):
@@ -23,6 +24,19 @@ def parse_flags(parser: argparse.ArgumentParser, argv=None):
             parser.error(f"unknown argument {item!r}; config fields are set as --config.optimizer.learning_rate=0.01")
         overrides[name] = _value(text)
     return flags, overrides
+
+
+def load(config: str, overrides: dict) -> RunConfig:
+    """`load_config` for a command line: what a person got wrong is a SetupError."""
+    try:
+        return load_config(config, overrides)
+    except (ValueError, FileNotFoundError) as error:
+        raise SetupError(error) from error
+
+
+def override_flags(overrides: dict) -> list[str]:
+    """The words of a command line that `parse_flags` reads as these overrides."""
+    return [f"--config.{name}={value if isinstance(value, str) else repr(value)}" for name, value in overrides.items()]
 
 
 def _value(text):

@@ -12,13 +12,13 @@ import argparse
 import dataclasses
 import json
 import logging
+import shlex
 import sys
 import time
 from pathlib import Path
 
 from experiments import common
-from k2jax.config import load_config
-from k2jax.training.errors import SetupError, WorkdirError
+from k2jax.training.errors import WorkdirError
 
 
 def parse(argv=None):
@@ -33,10 +33,7 @@ def parse(argv=None):
 
 def main(argv=None):
     flags, overrides = parse(argv)
-    try:
-        cfg = load_config(flags.config, overrides)
-    except (ValueError, FileNotFoundError) as error:
-        raise SetupError(error) from error
+    cfg = common.load(flags.config, overrides)
     try:
         flags.workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,17 +45,23 @@ def main(argv=None):
     found = examination.examine(cfg, flags.workdir, quick=flags.quick, say=lambda line: print(line, flush=True))
     found["seconds"] = time.monotonic() - start
     path = flags.workdir / "doctor.json"
-    path.write_text(json.dumps(record(flags, cfg) | found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(record(flags, overrides, cfg) | found, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     print(f"{found['verdict']} ({found['seconds']:.0f} s; all of it in {path})")
     sys.exit(1 if found["wrong"] else 0)
 
 
-def record(flags, cfg) -> dict:
+def record(flags, overrides, cfg) -> dict:
     """Under which circumstances the rest was found."""
     from benchmarks.record import circumstances
 
-    command = f"python -m experiments.doctor --config={flags.config}" + (" --quick" if flags.quick else "")
-    return {"command": command, **circumstances(), "config": dataclasses.asdict(cfg)}
+    words = ["python", "-m", "experiments.doctor", f"--config={flags.config}", *["--quick"][: flags.quick]]
+    return {
+        "command": shlex.join([*words, *common.override_flags(overrides)]),
+        **circumstances(),
+        "config": dataclasses.asdict(cfg),
+    }
 
 
 if __name__ == "__main__":

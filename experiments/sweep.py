@@ -86,7 +86,7 @@ class Sweep:
                 while (self.queue or self.running) and not self.stop_signal:
                     self._start()
                     self._reap()
-                    self._board.show(self._counts(), self._steps())
+                    self._board.show(self._counts, self._steps)
                     time.sleep(TICK)
             finally:
                 self._end()
@@ -220,14 +220,16 @@ class _Board:
             self._open = False
         print(text, flush=True)
 
-    def show(self, counts: str, done: int) -> None:
+    def show(self, counts, steps) -> None:
+        """counts, steps: functions, since reading every run's metrics costs something; called when a line is due."""
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + (1 if self._terminal else 60)
+        done = steps()
         new = done - self._before
         left = clock((self._total - done) * (now - self._started) / new) if new > 0 else "?"
-        text = f"{counts} | step {done}/{self._total} of all | eta {left}"
+        text = f"{counts()} | step {done}/{self._total} of all | eta {left}"
         if self._terminal:
             sys.stdout.write(f"\r\x1b[2K{text[:100]}")
             sys.stdout.flush()

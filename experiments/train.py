@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 from experiments import common
-from k2jax.config import load_config
 from k2jax.training.errors import SetupError
 
 
@@ -34,11 +33,10 @@ def parse(argv=None):
 
 def main(argv=None):
     flags, overrides = parse(argv)
-    try:
-        cfg = load_config(flags.config, overrides)
-        profile = steps_to_trace(flags.profile) if flags.profile else None
-    except (ValueError, FileNotFoundError) as error:
-        raise SetupError(error) from error
+    cfg = common.load(flags.config, overrides)
+    profile = steps_to_trace(flags.profile) if flags.profile else None
+    if flags.ablate and profile:
+        raise SetupError("--profile traces one run: give it without --ablate")
     if flags.count:
         return count(cfg)
     if flags.workdir is None:
@@ -48,8 +46,10 @@ def main(argv=None):
     from k2jax.training import compile_cache, distributed
     from k2jax.training.loop import train
 
+    # First: a host that cannot write its cache ends before the others count on it.
+    cache = compile_cache.enable(flags.compile_cache)
     print(f"processes: {distributed.initialize(flags.distributed)}")
-    print(f"compile cache: {compile_cache.enable(flags.compile_cache)}")
+    print(f"compile cache: {cache}")
     if flags.ablate:
         return summary.ablate(flags.config, overrides, flags.workdir, flags.track)
     result = train(cfg, flags.workdir, profile=profile, track=flags.track)
@@ -57,10 +57,10 @@ def main(argv=None):
 
 
 def steps_to_trace(text: str) -> tuple[int, int]:
-    """(first, last) of "FIRST:LAST", counted from 1. Raises ValueError for anything else."""
+    """(first, last) of "FIRST:LAST", counted from 1. Raises SetupError for anything else."""
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise ValueError(f"--profile={text}: expected FIRST:LAST, two steps from 1 on, for example --profile=10:12")
+        raise SetupError(f"--profile={text}: expected FIRST:LAST, two steps from 1 on, for example --profile=10:12")
     return int(first), int(last)
 
 

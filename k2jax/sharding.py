@@ -19,11 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from k2jax.config.run import BATCH_AXES
+
 AXES = ("slice", "data", "fsdp", "expert", "seq", "tensor")
 
 # Logical dimension -> mesh axes, the slowest first.
 RULES = {
-    "batch": ("slice", "data", "fsdp", "expert"),
+    "batch": BATCH_AXES,
     "length": ("seq",),
     "experts": ("expert",),
     "heads": ("tensor",),

@@ -79,6 +79,8 @@ MISTAKES = [
     ("", ["--workdir=ROOT/other"], "data.batch_size: 8 -> 4 (there -> here)"),
     ("", ["--profile=3"], "--profile=3: expected FIRST:LAST"),
     ("", ["--profile=5:3"], "--profile=5:3: expected FIRST:LAST"),
+    ("", ["--profile=1:2", "--ablate"], "--profile traces one run: give it without --ablate"),
+    ("", ["--ablate"], "no argument is named 'attention'"),
     ("", ["--distributed=host:1234,2,2"], "id 2 of 2 processes; ids run from 0 to 1"),
     ("", ["--track=mlflow:lab"], "--track=mlflow:lab: expected wandb:PROJECT or trackio:PROJECT"),
     ("", ["--compile_cache=ROOT/file/below"], "--compile_cache=ROOT/file/below: Not a directory"),

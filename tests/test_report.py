@@ -374,6 +374,20 @@ def test_selections_that_make_no_sense_name_the_file(tmp_path, change):
         load_run(run)
 
 
+def test_a_wrong_byte_in_selections_is_told_or_does_no_harm(tmp_path):
+    run = make_run(tmp_path / "run", records=brief_records())
+    np.savez_compressed(run / "selections.npz", **make_selections())
+    whole = (run / "selections.npz").read_bytes()
+    told = 0
+    for place in range(0, len(whole), 3):  # As the trainer writes it: a wrong byte breaks the compression too.
+        (run / "selections.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            load_run(run)
+        except RunFolderError as error:
+            told += "selections.npz" in str(error)
+    assert told > len(whole) / 6
+
+
 def test_block_shares_count_gate_picks_and_leave_the_own_block_out():
     selected_SHTJ = np.array([[[[0, -1], [0, -1], [1, 0], [1, -1], [2, 1], [2, 0]]]], np.int32)
     saved = Selections(selected_SHTJ, np.array([0]), np.zeros(6, np.uint8), block_size=2)

@@ -9,7 +9,7 @@ import pytest
 
 from k2jax import model
 from k2jax.config import GQAConfig, ModelConfig
-from k2jax.inference.sampling import sample
+from k2jax.inference import sampling
 
 CFG = ModelConfig(
     vocab_size=12,
@@ -22,6 +22,7 @@ CFG = ModelConfig(
     dtype="float32",
 )
 NEVER = -1
+sample = functools.partial(sampling.sample, vocab_size=CFG.vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,8 @@ def test_an_empty_prompt_and_no_heat_are_refused(params):
         sample(params, CFG, [], length=2, window=2, stop_id=NEVER)
     with pytest.raises(ValueError, match=r"temperature=0: must be positive"):
         sample(params, CFG, [1], length=2, window=2, stop_id=NEVER, temperature=0)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_drawn(params):
+    drawn = sampling.sample(params, CFG, [5], vocab_size=6, length=60, window=4, stop_id=NEVER, temperature=50.0)
+    assert set(drawn) == set(range(6))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from k2jax.data import prepare as preparing
+from k2jax.data import shards as shards_module
 from k2jax.data.prepare import Request, prepare
 from k2jax.data.shards import (
     PIECE_TOKENS,
@@ -90,6 +91,14 @@ def test_shards_are_the_stream_that_memory_holds(tmp_path, tokenizer, shards):
     assert_same_stream(pickle.loads(pickle.dumps(stream)), MemoryStream(documents, tokenizer))
     size = sum(shard.bytes for shard in stream.index.shards)
     assert size == sum(path.stat().st_size for path in (tmp_path / "s").glob("*.array_record"))
+
+
+def test_a_stream_keeps_few_shards_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "MAX_OPEN", 2)
+    documents = make_documents()
+    stream = ShardStream(write_shards(tmp_path / "s", documents, TOKENIZER, 5), TOKENIZER)
+    assert_same_stream(stream, MemoryStream(documents, TOKENIZER))
+    assert len(stream._readers) == 2
 
 
 def test_joined_streams_are_one_after_the_other():
@@ -368,6 +377,35 @@ def test_a_source_that_changes_meanwhile_is_refused(text, tmp_path, monkeypatch)
         run(text, out)
     with pytest.raises(FileNotFoundError, match=r"holds no complete shards"):
         open_prepared(out, TOKENIZER, 0.2)
+
+
+def test_shards_of_a_text_that_was_changed_and_put_back_are_made_again(text, tmp_path):
+    expected = tmp_path / "expected"
+    run(text, expected)
+    out, page = tmp_path / "out", text / "a.jsonl"
+    run(text, out)
+    for name in ("train", "held_out"):  # As if the second half were still to be made.
+        shutil.rmtree(out / name)
+    original = page.read_text()
+    page.write_text(original + original)
+    with pytest.raises(ValueError, match="changed since"):
+        run(text, out)
+    page.write_text(original)
+    run(text, out)
+    for mine, theirs in zip(open_prepared(out, TOKENIZER, 0.2), open_prepared(expected, TOKENIZER, 0.2), strict=True):
+        assert_same_stream(mine, theirs)
+
+
+def test_shards_that_do_not_add_up_to_the_plan_are_refused(text, tmp_path):
+    out = tmp_path / "out"
+    run(text, out)
+    plan = json.loads((out / "plan.json").read_text())
+    plan["documents"]["train"] += 1
+    (out / "plan.json").write_text(json.dumps(plan))
+    (out / "train" / "index.json").unlink()
+    shutil.rmtree(out / "train")
+    with pytest.raises(ValueError, match=r"the shards of train hold \d+ documents, and plan.json says \d+"):
+        run(text, out)
 
 
 def test_a_damaged_row_is_found_before_anything_is_tokenised(text, tmp_path):

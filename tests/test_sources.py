@@ -465,3 +465,23 @@ def test_a_saved_data_set_is_read_by_split_and_field(hub, tmp_path):
     (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"garbage")
     with pytest.raises(ValueError, match=r"cannot be loaded .*Fix: "):
         load_documents(f"hf://{tmp_path}/one")
+
+
+@pytest.mark.parametrize("source", [".", "*.txt", "**/*.txt", "./", "two"])
+def test_names_do_not_depend_on_how_the_place_is_written(tmp_path, monkeypatch, source):
+    write_files(tmp_path, {"a.txt": b"1", "b.txt": b"2", "two/c.txt": b"3", "two/d.txt": b"4"})
+    absolute = [(d.name, d.text) for d in iter_documents(str(tmp_path / source))]
+    monkeypatch.chdir(tmp_path)
+    assert [(d.name, d.text) for d in iter_documents(source)] == absolute
+    assert all(name.endswith(".txt") and len(Path(name).stem) == 1 for name, _ in absolute)
+
+
+def test_a_name_that_is_not_utf8_is_read_like_any_other(tmp_path):
+    names = [b"caf\xe9.txt", b"plain.txt", b"third.txt"]
+    for name in names:
+        (tmp_path / name.decode("utf-8", "surrogateescape")).write_bytes(b"text " + name[:1])
+    documents = load_documents(str(tmp_path))
+    assert len(documents) == 3
+    train, held_out = split_held_out(documents, 0.4)
+    assert len(train) + len(held_out) == 3
+    assert len(corpus_hash(documents)) == 64

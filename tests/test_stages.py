@@ -8,10 +8,11 @@ import pytest
 
 from k2jax.config import apply_overrides, run_config
 from k2jax.report.run_folder import load_run
-from k2jax.training.errors import SetupError
+from k2jax.training.errors import SetupError, WorkdirError
 from k2jax.training.loop import train
 from k2jax.training.metrics import read_metrics
 from k2jax.training.schedules import by_step
+from k2jax.training.workdir import check, claim
 from tests import tiny
 
 LONG = {
@@ -86,6 +87,17 @@ def test_every_stage_has_a_schedule_of_its_own():
     assert [float(rate(step)) for step in range(8)] == pytest.approx(expected, abs=1e-8)
 
 
+def test_a_run_with_stages_may_change_what_any_run_may(tmp_path):
+    claim(tmp_path, config())
+    assert check(tmp_path, config(**{"data.prefetch": 7})) == [
+        "data.prefetch: 2 -> 7", "stages[0].data.prefetch: 2 -> 7", "stages[1].data.prefetch: 2 -> 7",
+    ]  # fmt: skip
+    with pytest.raises(WorkdirError, match=r"stages\[0\]\.data\.batch_size: 2 -> 4.*Fix: use that config"):
+        check(tmp_path, config(stages=(LONG | {"data": {"seq_len": 64, "batch_size": 4}}, COOL)))
+    with pytest.raises(WorkdirError, match="stages"):
+        check(tmp_path, config(stages=(LONG,)))
+
+
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +129,8 @@ def test_the_switch_is_told_and_stands_in_the_metrics(whole):
     assert [line["lr"] for line in found] == pytest.approx([0.02, 0.02, 0.02, 0.002, 0.02, 0.002, 0.001, 0.0], abs=1e-8)
     assert load_run(workdir).stages == [(4, "long"), (6, "cool")]
     assert all(line["skipped"] == 0 for line in found)
+    timed = read_metrics(workdir / "metrics.jsonl")
+    assert all(0 < line["step_time"] < 60 and 0 < line["goodput"] <= 1 for line in timed)
 
 
 @pytest.mark.check

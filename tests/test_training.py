@@ -7,6 +7,7 @@ import math
 import struct
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from k2jax.config import load_config
 from k2jax.layers.router import update_router_bias
 from k2jax.model import init_params
+from k2jax.training import hardware
 from k2jax.training import step as step_module
 from k2jax.training import workdir as workdir_module
 from k2jax.training.errors import RunError, WorkdirError
@@ -104,6 +106,21 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count(fake_gradients,
     state, metrics = step(state, numbers())
     assert bits((state["params"], state["opt_state"])) != before
     assert (int(metrics["skipped"]), int(metrics["skipped_in_row"])) == (0, 0)
+    rate = partial(train_step, cfg=small(), tx=make_optimizer(small()), rate=lambda updates: 10.0 + updates)
+    assert float(quick_jit(rate)(state, numbers())[1]["lr"]) == 12.0, "the third update's, in the sixth step"
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", None), ("NVIDIA T400", None),
+     ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v5", 459e12), ("TPU7x", 2307e12)],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_chip_and_not_of_one_whose_name_begins_alike(monkeypatch, kind, peak):
+    monkeypatch.setattr(hardware.jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr(hardware, "_measured", lambda: 1.0)
+    found, source = hardware.peak_flops_per_device()
+    assert found == (peak or 1.0)
+    assert ("measured" in source) == (peak is None)
 
 
 def test_an_update_that_is_not_finite_is_skipped_as_well(fake_gradients, params):

@@ -1,6 +1,7 @@
 """What a training run is: frozen dataclasses that refuse what cannot work."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -178,7 +179,7 @@ class RunConfig:
                 f"{self.total_tokens} tokens (train.steps x data.batch_size x data.seq_len): shorten them or add steps"
             )
 
-    @property
+    @functools.cached_property
     def parts(self) -> tuple[Stage, ...]:
         """The stages in order; a run without stages is one. Raises ValueError where one of them cannot work."""
         starts = (0, *(stage.start for stage in self.stages), self.train.steps)
@@ -196,6 +197,11 @@ class RunConfig:
     @property
     def total_tokens(self) -> int:
         return self.tokens_after(self.train.steps)
+
+    @property
+    def source_paths(self) -> tuple[str, ...]:
+        """Every source that a stage names, in the order of their first mention."""
+        return tuple(dict.fromkeys(source.path for part in self.parts for source in part.run.data.sources))
 
     def tokens_after(self, step: int) -> int:
         """Tokens that the first `step` steps take."""

@@ -226,6 +226,13 @@ def _verified(folder, records, tokenizer, report) -> dict[str, Shard]:
 
 
 def _complete(plan, out, split, tokenizer, shards):
+    for field in ("documents", "text_bytes"):
+        found, planned = sum(getattr(shard, field) for shard in shards.values()), getattr(plan, field)[split]
+        if found != planned:
+            raise ValueError(
+                f"--out={out}: the shards of {split} hold {found:,} {field}, and plan.json says {planned:,}: some were "
+                f"made from another text. Fix: delete {out}, or give another --out."
+            )
     index = Index(
         tokenizer=tokenizer_name(plan.request, out),
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -245,6 +252,7 @@ def _complete(plan, out, split, tokenizer, shards):
 
 def _tokenise(plan, out, tokenizer, finished, workers, report):
     """Makes the shards that are not in `finished` and adds them to it."""
+    before = {split: set(shards) for split, shards in finished.items()}
     digest = hashlib.sha256()
     batches = _batches(plan, finished, digest)
     total = sum(plan.text_bytes.values()) - sum(s.text_bytes for shards in finished.values() for s in shards.values())
@@ -258,6 +266,9 @@ def _tokenise(plan, out, tokenizer, finished, workers, report):
         done += text_bytes
         report("tokenising", done, total)
     if digest.hexdigest() != plan.sha256:
+        for split, shards in finished.items():
+            for name in shards.keys() - before[split]:  # Made of the other text: they must not be taken for finished.
+                (out / split / f"{name}.json").unlink()
         raise ValueError(
             f"--source={plan.request.source} changed since {out} was begun. Fix: delete {out}, or give another --out."
         )

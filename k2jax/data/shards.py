@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from k2jax.data.stream import check_range, within_parts
 
 FORMAT = 1
 PIECE_TOKENS = 8192
+MAX_OPEN = 256  # shards of a stream that are open at once; a process may have a thousand files
 _AGAIN = "delete the file and run experiments.prepare again with the same arguments, which makes what is missing"
 # Records are read one by one and compressed lightly: tokens shrink by a third to two thirds, more effort gains little.
 _WRITER_OPTIONS = "group_size:1,zstd:1"
@@ -87,6 +89,10 @@ def read_index(folder: str | Path) -> Index:
         if content["format"] != FORMAT:
             raise ValueError(f"it is of format {content['format']}, this version reads {FORMAT}")
         shards = tuple(Shard(**shard) for shard in content["shards"])
+        if not shards or not all(
+            Path(s.file).name == s.file and min(s.bytes, s.documents, s.tokens) > 0 for s in shards
+        ):
+            raise ValueError("shards: none, or one that is no file of this folder or is empty")
         names = [field.name for field in dataclasses.fields(Index)]
         return Index(**{name: content[name] for name in names} | {"shards": shards})
     except (ValueError, KeyError, TypeError) as error:
@@ -148,7 +154,7 @@ class ShardStream:
         self.doc_starts = np.concatenate([s + offset for s, offset in zip(starts, offsets, strict=True)])
         hashes = "".join(shard.sha256 for shard in shards)
         self.fingerprint = hashlib.sha256(f"{self.index.tokenizer_fingerprint}\0{hashes}".encode()).hexdigest()
-        self._readers = {}
+        self._readers, self._lock = {}, threading.Lock()
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start .. stop - 1, int32 [stop - start]. Raises IndexError outside 0 .. num_tokens."""
@@ -159,14 +165,25 @@ class ShardStream:
         return np.concatenate(parts, dtype=np.int32)
 
     def _read_shard(self, number, start, stop):
-        if number not in self._readers:
-            self._readers[number] = ShardReader(self.folder, self.index.shards[number], self.index.dtype)
         first = start // PIECE_TOKENS
-        tokens = self._readers[number].pieces(first, -(-stop // PIECE_TOKENS))
+        tokens = self._reader(number).pieces(first, -(-stop // PIECE_TOKENS))
         return tokens[start - first * PIECE_TOKENS : stop - first * PIECE_TOKENS]
 
+    def _reader(self, number):
+        with self._lock:
+            reader = self._readers.pop(number, None)
+            if reader is None:
+                reader = ShardReader(self.folder, self.index.shards[number], self.index.dtype)
+            self._readers[number] = reader  # the newest stands last
+            if len(self._readers) > MAX_OPEN:
+                del self._readers[next(iter(self._readers))]
+            return reader
+
     def __getstate__(self):
-        return self.__dict__ | {"_readers": {}}
+        return self.__dict__ | {"_readers": {}, "_lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__ = state | {"_lock": threading.Lock()}
 
     def __repr__(self) -> str:
         return f"ShardStream({str(self.folder)!r}, {self.num_tokens} tokens)"

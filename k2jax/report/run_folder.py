@@ -5,7 +5,6 @@ S layers whose selection was saved.
 """
 
 import json
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,7 +134,7 @@ def _read_lines(log: Path, notes: list[str]) -> list[tuple[int, dict]]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError(f"expected an object, got {type(record).__name__}")
-        except ValueError as error:  # covers JSON and UTF-8 decoding errors
+        except (ValueError, RecursionError) as error:  # covers JSON and UTF-8 decoding errors
             if number == len(lines):
                 if line:
                     notes.append(
@@ -179,7 +178,10 @@ def _number(value, log: Path, line: int, key: str) -> float:
         return np.nan
     if not isinstance(value, int | float):
         raise RunFolderError(f'{log}, line {line}: "{key}" is {value!r:.60}, expected a number or null.')
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise RunFolderError(f'{log}, line {line}: "{key}" has more digits than a number can hold.') from error
 
 
 def _curves(records, log: Path) -> dict[str, Curve]:
@@ -207,7 +209,7 @@ def _stack(rows: list[tuple[int, int, list]], log: Path, key: str, ndim: int) ->
     for line, _, value in rows:
         try:
             array = np.asarray(value, np.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RunFolderError(f'{log}, line {line}: "{key}" is not a {ndim}-d list of numbers.') from error
         if array.ndim != ndim or (arrays and array.shape != arrays[0].shape):
             expected = arrays[0].shape if arrays else f"{ndim} dimensions"
@@ -242,7 +244,7 @@ def _read_config(path: Path, notes: list[str]) -> dict:
         return {}
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(f"{path}: not valid JSON ({error}). Restore it or delete it.") from error
     if not isinstance(config, dict):
         raise RunFolderError(f"{path}: expected an object, got {type(config).__name__}. Restore it or delete it.")
@@ -255,12 +257,12 @@ def _read_selections(path: Path) -> Selections | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             saved = Selections(
-                selected_SHTJ=arrays["selected"],
-                layers_S=arrays["layers"],
-                text_T=arrays["text"],
+                selected_SHTJ=np.asarray(arrays["selected"]),
+                layers_S=np.asarray(arrays["layers"]),
+                text_T=np.asarray(arrays["text"]),
                 block_size=int(arrays["block_size"]),
             )
-    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # A wrong byte can make zipfile, zlib, tokenize or NumPy raise what they please.
         raise RunFolderError(f"{path}: cannot be read as selections ({error}). Delete it or save it again.") from error
     _check_selections(saved, path)
     return saved
@@ -269,7 +271,9 @@ def _read_selections(path: Path) -> Selections | None:
 def _check_selections(saved: Selections, path: Path) -> None:
     shape = saved.selected_SHTJ.shape
     wrong = None
-    if len(shape) != 4 or 0 in shape:
+    if saved.selected_SHTJ.dtype.kind != "i" or saved.layers_S.dtype.kind != "i":
+        wrong = f'"selected" and "layers" are {saved.selected_SHTJ.dtype} and {saved.layers_S.dtype}, expected integers'
+    elif len(shape) != 4 or 0 in shape:
         wrong = f'"selected" has shape {shape}, expected [layers, heads, queries, slots]'
     elif saved.layers_S.shape != shape[:1]:
         wrong = f'"layers" has shape {saved.layers_S.shape}, expected {shape[:1]}'

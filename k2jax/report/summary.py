@@ -120,7 +120,9 @@ def _wall(run: Run) -> str:
     curve = run.curves.get("step_time")
     if curve is None:
         return ABSENT
-    seconds = float(np.nansum(curve.value * np.diff(curve.step, prepend=0)))
+    # What the first line stands for is not known where a log starts in the middle of a run.
+    gaps = np.diff(curve.step)
+    seconds = float(np.nansum(curve.value * np.concatenate([gaps[:1] if gaps.size else [1.0], gaps])))
     if seconds < 120:
         return f"{seconds:.1f} s"
     if seconds < 7200:

@@ -161,7 +161,7 @@ def _throughput_section(runs) -> Section:
             title="Step time: should stay level after the first step",
             y_name="step time (s)",
             log=True,
-            caption="Seconds per step. The first step includes compilation.",
+            caption="Seconds per step, without compilation. The first one may still load programs.",
         ),
         overlay_panel(
             runs,
@@ -179,8 +179,8 @@ def _throughput_section(runs) -> Section:
             y_name="goodput (%)",
             from_zero=True,
             percent=True,
-            caption="Share of the wall time that went into training steps that count; the rest is "
-            "compilation, evaluation, checkpoints and restarts.",
+            caption="Share of the time since the process started that went into steps; the rest is start-up, "
+            "compilation, evaluation and checkpoints. A resumed run counts anew.",
         ),
     ]
     return Section("throughput", "Throughput", panels=panels)

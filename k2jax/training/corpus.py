@@ -39,7 +39,7 @@ def read_corpus(cfg: RunConfig) -> Corpus:
             f"model.vocab_size={cfg.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
         )
     streams, held_out = {}, []
-    for path in dict.fromkeys(source.path for part in cfg.parts for source in part.run.data.sources):
+    for path in cfg.source_paths:
         streams[path], aside = _streams(path, tokenizer, cfg.data.held_out_fraction)
         held_out.append(aside)
     return Corpus(tokenizer, streams, JoinedStream(held_out))

@@ -78,7 +78,7 @@ def write_sample(workdir: Path, params, cfg: RunConfig, tokenizer) -> str:
     ids = sample(
         params, cfg.model, [tokenizer.bos_id],
         length=cfg.train.sample_bytes, window=min(cfg.data.seq_len, cfg.train.sample_bytes + 1),
-        stop_id=tokenizer.eos_id,
+        stop_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
     text = tokenizer.decode(ids)
     if is_first():

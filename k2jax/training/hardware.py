@@ -1,5 +1,6 @@
 """Peak matrix-product rates, the denominator of MFU."""
 
+import re
 import time
 
 import jax
@@ -17,7 +18,7 @@ def peak_flops_per_device() -> tuple[float, str]:
     """(FLOP/s, where the number comes from). CPUs and unknown chips are measured with a float32 product."""
     kind = jax.devices()[0].device_kind
     for name, peak in _PEAK.items():
-        if name in kind:
+        if re.search(rf"(?<![0-9]){name}(?![0-9A-Z])", kind):  # An L40 is no L4.
             return peak, f"{kind}, data sheet, bf16"
     return _measured(), f"{kind}, measured float32 product"
 

@@ -56,8 +56,8 @@ def train(
     NonFiniteError, Interrupted (the state is saved).
     """
     workdir = Path(workdir)
-    tracked = trackers.check(track) if track else None
     with ending_together(), locked(workdir) if is_first() else contextlib.nullcontext():
+        tracked = trackers.check(track) if track and is_first() else None
         try:
             run = _Run(cfg, workdir, profile, stream, tracked)
         except (ValueError, FileNotFoundError) as error:
@@ -94,7 +94,8 @@ class _Run:
         self.stage = self._stage_of(min(self.first_step, cfg.train.steps))
         if self.agreement.now(self.first_step) != self.first_step:
             raise ValueError(f"--workdir={workdir}: the processes see different checkpoints. Fix: share the folder.")
-        tracker = trackers.Tracker(*tracked, workdir, cfg) if tracked and is_first() else None
+        self._check_profile()
+        tracker = trackers.Tracker(*tracked, workdir, cfg) if tracked else None
         self.metrics = MetricsLog(workdir, self.first_step, tracker) if is_first() else NoLog()
         self.spikes = SpikeDetector([line["loss"] for line in self.metrics.history if "loss" in line])
         self.progress = Progress(cfg.train.steps, cfg.train.log_every, stream, silent=not is_first())
@@ -104,15 +105,14 @@ class _Run:
         own = f".{jax.process_index()}" if jax.process_count() > 1 else ""
         self.watchdog = Watchdog(workdir / f"hang{own}.txt", cfg.train.watchdog_seconds)
         self.signalled = self.stop_signal = 0  # what this process was sent, and what all agreed on
-        self._check_profile()
 
     def run(self) -> Result:
         try:
             with self._signals():
-                return self._run()
-        except BaseException:  # Ctrl-C as well: what is being written is completed, or its error told.
-            self.checkpoints.close()
-            raise
+                try:
+                    return self._run()
+                finally:  # After Ctrl-C as well: what is being written is completed, or its error told.
+                    self.checkpoints.close()
         finally:
             self.watchdog.close()
             self._stop_trace()
@@ -129,15 +129,15 @@ class _Run:
         overdue = self.first_step > 0 and self._is_evaluated(self.first_step) and "eval/loss" not in line
         overdue = bool(self.agreement.now(overdue and is_first()))  # The first process alone has a history.
         if self.first_step >= steps and not overdue:
-            self.checkpoints.close()
             return Result(self.first_step, evaluation, already_done=True)
         state = self._start()
         if overdue:
             evaluation = self._catch_up(state)
         if self.first_step >= steps:
-            self.checkpoints.close()
             return Result(self.first_step, evaluation, already_done=False)
-        step_fn, pending = self._compile(state), None
+        # The checkpoint may be the last of its stage, whose step is then of no use.
+        step_fn, pending = self._compile(state) if self.first_step < self.stage.stop else None, None
+        self.last_ready = time.monotonic()
         if self._asked_to_stop():
             raise self._interrupted(self.first_step)
         for step in range(self.first_step + 1, steps + 1):
@@ -148,9 +148,12 @@ class _Run:
             self.watchdog.at("data", step)
             batch = self.stage.next_batch()
             self.watchdog.at("dispatch", step)
-            self._trace(step, state)
+            self._start_trace(step, state)
             state, metrics = step_fn(state, batch)
             self._finish(pending)
+            if self.tracing and step >= self.profile[1]:
+                jax.block_until_ready(state)
+                self._stop_trace()
             pending = {"step": step, "metrics": metrics, "evaluation": {}}
             if self._is_evaluated(step):
                 pending["evaluation"] = self._evaluate(state, step) or {}
@@ -160,14 +163,13 @@ class _Run:
                 self._describe(state)
             # Read once: a signal from here on stops the next step, or the one after it with several processes.
             stop = self.stop_signal = max(self.stop_signal, self.agreement.soon(self.signalled))
-            if done or stop or step % cfg.train.checkpoint_every == 0:
+            # The end of a stage is kept as well: the next one may turn out not to fit these devices.
+            if done or stop or step == self.stage.stop < steps or step % cfg.train.checkpoint_every == 0:
                 self._finish(pending)
                 pending = None
                 self._save(state, step)
             if stop and not done:
-                self.checkpoints.close()
                 raise self._interrupted(step)
-        self.checkpoints.close()
         return Result(steps, evaluation, already_done=False)
 
     def _is_evaluated(self, step):
@@ -206,7 +208,7 @@ class _Run:
         roles = describe(shapes["params"], leaf_roles(cfg))
         if is_first():
             (self.workdir / "parameters.txt").write_text(roles + "\n", encoding="utf-8")
-        for stage in self.stages[1:]:
+        for stage in self.stages[self.stages.index(self.stage) + 1 :]:
             stage.check(shapes)
             for line in memory.foresee(stage.name, stage.run):
                 say(line)
@@ -232,7 +234,6 @@ class _Run:
         path = self.workdir / "memory.json" if is_first() else None
         for line in memory.report(compiled, state, self.stage.run, self.mesh, path, self.stage.name):
             self.progress.say(line)
-        self.last_ready = time.monotonic()
         return compiled
 
     def _stage_of(self, step):
@@ -345,15 +346,12 @@ class _Run:
                 "name some of them"
             )
 
-    def _trace(self, step, state):
-        """Starts the trace before its first step and ends it after its last; `state` is that of the step before."""
+    def _start_trace(self, step, state):
+        """Starts the trace before its first step; `state` is that of the step before."""
         if not self.profile or not is_first():
             return
         first, last = self.profile
-        if step > last:
-            jax.block_until_ready(state)
-            self._stop_trace()
-        elif step >= first and not self.tracing:
+        if first <= step <= last and not self.tracing:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.workdir / "profile"))
             self.tracing = True

@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from k2jax.training.errors import RunError, WorkdirError
-from k2jax.training.trackers import Tracker
+from k2jax.training.trackers import Tracker, scalars
 
 # Everything else in metrics.jsonl is the same, bit for bit, however often a run was interrupted.
 TIME_FIELDS = ("step_time", "tokens_per_second", "mfu", "goodput")
@@ -29,7 +29,6 @@ class MetricsLog:
         Raises WorkdirError if metrics.jsonl is damaged, or ends before `first_step`: a step would be missing.
         """
         self.path = Path(workdir) / "metrics.jsonl"
-        self._first_step = first_step
         lines = read_metrics(self.path)
         self.history = [line for line in lines if line["step"] <= first_step]
         last = self.history[-1]["step"] if self.history else 0
@@ -132,8 +131,7 @@ class _Board:
         self._broken = False
 
     def write(self, line: dict) -> None:
-        scalars = {n: v for n, v in line.items() if n not in (*ARRAY_FIELDS, "step") and np.ndim(v) == 0}
-        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()]
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars(line).items()]
         self._guard(
             lambda: self._events.write_event(
                 Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values))

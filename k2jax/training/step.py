@@ -89,7 +89,9 @@ def train_step(state, batch, *, cfg: RunConfig, tx, rate=None):
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     new["skipped_in_row"] = jnp.where(finite, 0, state["skipped_in_row"] + 1)
     metrics = _metrics(cfg, summed, max_logits, grad_norm, update_norm, finite, new["skipped_in_row"])
-    metrics |= {"lr": (rate or by_step(cfg))(state["step"])}
+    # The optimizer counts the updates it made: after a skipped step its schedule is one step behind the loop's.
+    updates_made = optax.tree.get(state["opt_state"], "count", state["step"])
+    metrics |= {"lr": (rate or by_step(cfg))(updates_made)}
     return new, jax.tree.map(sharding.whole, metrics)  # Every process reads them.
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ _MAY_CHANGE = (
     "mesh.slice", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.seq", "mesh.tensor",
     "model.moe.dispatch", "model.remat", "train.loss_chunk",
 )  # fmt: skip
+_STAGE = re.compile(r"^stages\[\d+\]\.")
 
 
 @contextlib.contextmanager
@@ -61,8 +63,10 @@ def check(workdir: Path, cfg: RunConfig) -> list[str]:
         raise WorkdirError(f"{path} is not JSON ({error}). Fix: restore it, or give another --workdir.") from error
     if not isinstance(old, dict):
         raise WorkdirError(f"{path} holds no config but {old!r:.40}. Fix: restore it, or give another --workdir.")
-    changes = [f"{name}: {a} -> {b}" for name, a, b in _differences(old, dataclasses.asdict(cfg))]
-    fatal = [c for c in changes if c.partition(":")[0] not in _MAY_CHANGE]
+    changes = [
+        f"{name}: {a} -> {b}" for name, a, b in _differences(old, json.loads(json.dumps(dataclasses.asdict(cfg))))
+    ]
+    fatal = [c for c in changes if _STAGE.sub("", c.partition(":")[0]) not in _MAY_CHANGE]
     if fatal:
         raise WorkdirError(
             f"--workdir={workdir} belongs to another config: {'; '.join(fatal)} (there -> here). "
@@ -92,12 +96,13 @@ def is_shared(workdir: Path) -> bool:
     return True
 
 
-def _differences(old, new, prefix=""):
-    # Through JSON, so that a tuple equals the list that was written for it.
-    new = json.loads(json.dumps(new))
-    for name in sorted({*old, *new}):
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            yield f"{prefix}{name}", a, b
+def _differences(old, new, name=""):
+    """(name, old, new) of every field that differs, in stages too if there are as many; both as JSON reads them."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for field in sorted({*old, *new}):
+            yield from _differences(old.get(field), new.get(field), f"{name}.{field}" if name else field)
+    elif name == "stages" and isinstance(old, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(a, b, f"stages[{i}]")
+    elif old != new:
+        yield name, old, new

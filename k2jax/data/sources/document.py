@@ -36,7 +36,7 @@ def split_held_out(
 
 def is_chosen(name: str, fraction: float, salt: str = "k2jax held-out") -> bool:
     """Whether the document of this name is in the `fraction` that `salt` draws."""
-    digest = hashlib.sha256(f"{salt}\0{name}".encode()).digest()
+    digest = hashlib.sha256(f"{salt}\0{name}".encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
@@ -65,8 +65,8 @@ def corpus_hash(documents: Iterable[Document]) -> str:
 
 
 def add_to_hash(total, document: Document) -> None:
-    """Adds name and text to a hashlib object."""
-    for field in (document.name.encode(), document.text):
+    """Adds name and text to a hashlib object. A file's name may hold bytes that are not UTF-8."""
+    for field in (document.name.encode("utf-8", "surrogateescape"), document.text):
         # The length in front keeps ('ab', 'c') and ('a', 'bc') apart.
         total.update(len(field).to_bytes(8, "big") + field)
 

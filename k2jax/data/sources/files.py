@@ -33,7 +33,7 @@ def file_documents(source: str) -> Iterator[Document]:
     root, paths = find(path)
     count = 0
     for file in paths:
-        name = str(file)[len(str(root)) :].lstrip("/")
+        name = file.relative_to(root).as_posix()
         for document in _documents_of(file, name, field):
             if document.text:
                 count += 1
@@ -76,7 +76,7 @@ def find(path: str) -> tuple[Path, list[Path]]:
             f"data.source: {path} does not exist. Fix: give the path of a file or folder, or a pattern in quotes, or "
             "'stdlib', 'packages' or 'hf://owner/name?split=train'."
         )
-    return root, sorted(files, key=lambda file: str(file)[len(str(root)) :])
+    return root, sorted(files, key=lambda file: file.relative_to(root).as_posix())
 
 
 def kind(name: str) -> str | None:
