@@ -7,7 +7,7 @@ float32 throughout, on XLA's own kernels: a T4 has no bfloat16 units, and float1
 training step does not have.
 Hardware: one T4. It has never been run there. Estimated about ten minutes for 1,000 steps of 16,384 tokens: 9.4e11
 operations a step with Newton-Schulz, at 1.6 of the T4's 8 TFLOP/s.
-Expected result: below nano's 1.97 bits per byte on whole held-out files; not measured.
+Expected result: below nano's 2.0 bits per byte on whole held-out files; not measured.
 Arguments: steps, attention (moba or full).
 Command:
 
