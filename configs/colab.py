@@ -57,6 +57,6 @@ def get_config(arg=None):
         "eval_every": 250,
         "checkpoint_every": 250,
         "log_every": 10,
-        "sample_bytes": 300,
+        "sample_tokens": 300,
     }
     return ml_collections.ConfigDict({"model": model, "optimizer": optimizer, "data": data, "train": train})

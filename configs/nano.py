@@ -62,7 +62,7 @@ def get_config(arg=None):
         "eval_every": 150,
         "checkpoint_every": 100,
         "log_every": 10,
-        "sample_bytes": 300,
+        "sample_tokens": 300,
     }
     return ml_collections.ConfigDict({"model": model, "optimizer": optimizer, "data": data, "train": train})
 

@@ -59,7 +59,7 @@ NOT_NEGATIVE = {
         "balance_loss", "z_loss",
     ),
     "data": ("seed", "prefetch"),
-    "train": ("eval_every", "sample_bytes"),
+    "train": ("eval_every", "sample_tokens"),
 }  # fmt: skip
 
 

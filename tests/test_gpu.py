@@ -47,7 +47,7 @@ def test_newton_schulz_in_bfloat16_stays_within_its_bound():
 
 
 def test_nano_learns_on_a_gpu(tmp_path):
-    result = train(load_config("configs/nano.py:steps=60", {"train.sample_bytes": 0}), tmp_path, stream=io.StringIO())
+    result = train(load_config("configs/nano.py:steps=60", {"train.sample_tokens": 0}), tmp_path, stream=io.StringIO())
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"] - 1.5
     assert result.evaluation["eval/bits_per_byte"] < 4.5

@@ -87,11 +87,11 @@ def make_selections(block_size: int = 32, queries: int = 1000) -> dict:
     selected_SHTJ[..., 1] = np.where(own_T > 0, 0, -1)
     pick = (rng.random((2, HEADS, queries)) ** (1 + np.arange(HEADS))[:, None] * own_T).astype(np.int32)
     selected_SHTJ[..., 2] = np.where(pick > 0, pick, -1)
-    text = ("def add(a, b):\n    return a + b  # <b>&amp;</b>\n" * 50).encode()[:queries]
+    text = ("def add(a, b):\n    return a + b  # <b>&amp;</b>\n" * 50)[:queries]
     return {
         "selected": selected_SHTJ,
         "layers": np.array([1, 3]),
-        "text": np.frombuffer(text, np.uint8),
+        "text": np.array([text[i : i + block_size] for i in range(0, queries, block_size)]),
         "block_size": block_size,
     }
 
@@ -359,7 +359,9 @@ def test_repeated_step_is_noted_and_the_later_line_kept(tmp_path):
     [
         {"selected": np.full((2, HEADS, 1000, 3), 99)},
         {"layers": np.arange(3)},
-        {"text": np.zeros(5, np.uint8)},
+        {"text": np.array(["too", "few"])},
+        {"text": np.zeros(32, np.uint8)},
+        {"selected": np.zeros((2, HEADS, 1000, 3))},
         {"block_size": 0},
         {"text": None},
     ],

@@ -346,11 +346,33 @@ def test_other_folders_are_left_alone(text, tmp_path):
     with pytest.raises(ValueError, match=r"holds something else \(a\.jsonl\)\. Fix: "):
         run(text, text)
     assert sorted(path.name for path in text.iterdir()) == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "config.json"):  # A run folder has a lock as well.
+        (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"holds something else \(config\.json\)\. Fix: "):
+        run(text, tmp_path / "run")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         run(text, tmp_path / "file")
     with pytest.raises(ValueError, match="written to local disks"):
         run(text, "gs://bucket/out")
+
+
+def test_a_run_killed_before_its_plan_was_written_can_begin_again(text, tmp_path):
+    out = tmp_path / "out"
+    for split in ("train", "held_out"):
+        (out / split).mkdir(parents=True)
+    (out / "plan.json.partial").write_text("{")
+    assert run(text, out)["train"].shards
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(text, "~/out")
+    assert is_prepared("~/out")
+    assert open_prepared("~/out", TOKENIZER, 0.2)[0].num_tokens
+    with pytest.raises(ValueError, match="holds tokenised shards, and text is needed here"):
+        load_documents("~/out")
 
 
 def test_two_processes_do_not_prepare_into_one_folder(text, tmp_path):

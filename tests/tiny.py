@@ -84,7 +84,7 @@ def get_config(arg=None):
         "checkpoints_kept": 2,
         "log_every": 2,
         "max_skipped": 3,
-        "sample_bytes": 0,
+        "sample_tokens": 0,
     }
     mesh = {"data": arg["data"]}
     groups = {"model": model, "optimizer": optimizer, "data": data, "train": train, "mesh": mesh}

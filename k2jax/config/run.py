@@ -93,13 +93,13 @@ class TrainConfig:
     checkpoints_kept: int = 2
     log_every: int = 10  # steps between printed lines and between arrays in metrics.jsonl
     max_skipped: int = 10  # non-finite steps in a row before the run stops
-    sample_bytes: int = 0  # length of the text generated at the end
+    sample_tokens: int = 0  # of the text generated at the end
     watchdog_seconds: float | None = None  # until a hang is told; None: 10 median steps, 300 at least; 0: never
 
     def __post_init__(self):
         positive("train", self, "steps", "accumulation", "loss_chunk", "log_every", "max_skipped")
         positive("train", self, "checkpoint_every", "checkpoints_kept")
-        not_negative("train", self, "eval_every", "sample_bytes")
+        not_negative("train", self, "eval_every", "sample_tokens")
         if self.watchdog_seconds is not None:
             not_negative("train", self, "watchdog_seconds")
 

@@ -87,7 +87,7 @@ def prepare(request: Request, out: str | Path, workers: int, report: Report) -> 
     Raises ValueError or FileNotFoundError for what cannot work: the source's and tokenizer's errors, a folder that
     holds something else or is in use, a damaged shard, a source that changed meanwhile. Raises OSError for a disk.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     if re.match(r"\w+:/", str(out)):  # A Path has one slash of a URL's two.
         raise ValueError(f"--out={out}: shards are written to local disks. Fix: give a folder, copy it afterwards.")
     _refuse_other_content(out)
@@ -111,17 +111,21 @@ def prepare(request: Request, out: str | Path, workers: int, report: Report) -> 
 
 def tokenizer_name(request: Request, out: Path) -> str:
     """What data.tokenizer is for the shards of `out`."""
-    return f"hf:{Path(out) / 'tokenizer'}" if request.tokenizer.startswith(_TRAINED) else request.tokenizer
+    return f"hf:{Path(out).expanduser() / 'tokenizer'}" if request.tokenizer.startswith(_TRAINED) else request.tokenizer
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------
 
 
+_BEGUN = {".lock", *SPLITS, "tokenizer", "plan.json.partial"}  # what may be there before plan.json is
+
+
 def _refuse_other_content(out):
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out={out} is a file. Fix: give a folder.")
-    strange = [path.name for path in out.iterdir()] if out.exists() else []
-    if strange and not {"plan.json", ".lock"} & set(strange):
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    strange = names - _BEGUN
+    if strange and "plan.json" not in names:
         raise ValueError(f"--out={out} holds something else ({sorted(strange)[0]}). Fix: give a new or empty folder.")
 
 

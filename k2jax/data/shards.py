@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from k2jax.data.sources.document import holds_shards
 from k2jax.data.stream import check_range, within_parts
 
 FORMAT = 1
@@ -103,7 +104,7 @@ def read_index(folder: str | Path) -> Index:
 
 def is_prepared(folder: str | Path) -> bool:
     """Whether `folder` is the output of experiments.prepare: train/ and held_out/ with their shards."""
-    return (Path(folder) / "plan.json").exists()
+    return holds_shards(Path(folder).expanduser())
 
 
 def open_prepared(folder: str | Path, tokenizer, held_out_fraction: float) -> tuple["ShardStream", "ShardStream"]:
@@ -111,7 +112,8 @@ def open_prepared(folder: str | Path, tokenizer, held_out_fraction: float) -> tu
 
     Raises what ShardStream raises, and ValueError if another share was held out.
     """
-    train, held_out = (ShardStream(Path(folder) / split, tokenizer) for split in ("train", "held_out"))
+    folder = Path(folder).expanduser()
+    train, held_out = (ShardStream(folder / split, tokenizer) for split in ("train", "held_out"))
     if train.index.held_out_fraction != held_out_fraction:
         raise ValueError(
             f"data.held_out_fraction={held_out_fraction}: {folder} was prepared with {train.index.held_out_fraction}. "

@@ -13,7 +13,6 @@ from k2jax.report.svg import INK, draw, run_letter, spread
 MAX_QUERY_ROWS = 96
 MAX_LAYERS = 6
 MAX_HEADS = 16
-EXCERPT_BYTES = 60
 _BLUE, _GREY = (0.13, 0.47, 0.80), (0.5, 0.5, 0.5)  # mid tones: legible on a light and on a dark page
 
 
@@ -67,7 +66,7 @@ def _panel(saved: Selections, layer: int, index: int) -> Panel:
     lines = -(-len(drawn) // columns)
     title = f"Run {run_letter(index)}: what the heads of layer {int(saved.layers_S[layer])} read"
     caption = (
-        f"One map per head: queries from top to bottom, blocks of {saved.block_size} bytes from left to "
+        f"One map per head: queries from top to bottom, blocks of {saved.block_size} tokens from left to "
         f"right. Grey: the block a query lies in, always read. Blue: blocks picked by the gate, the stronger "
         f"the more queries of that row picked it. Slots per query: {saved.selected_SHTJ.shape[3]}."
     )
@@ -90,7 +89,7 @@ def _panel(saved: Selections, layer: int, index: int) -> Panel:
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         fig.supxlabel("block", fontsize=8.5, color=INK)
-        fig.supylabel("query position (bytes)", fontsize=8.5, color=INK)
+        fig.supylabel("query position (tokens)", fontsize=8.5, color=INK)
 
     svg = draw(plot, label=f"Maps of selected blocks. {title}.", height=0.7 + 1.8 * lines)
     return Panel(title, caption, svg)
@@ -115,10 +114,8 @@ def _block_table(saved: Selections, shown: list[int], index: int) -> Table:
     share_SC = np.divide(share_SC, later_C, out=np.full(share_SC.shape, np.nan), where=later_C > 0)
     rows = []
     for block in range(blocks):
-        start = block * size
-        excerpt = saved.text_T[start : start + min(size, EXCERPT_BYTES)].tobytes().decode("utf-8", errors="replace")
         shares = ("" if np.isnan(value) else f"{100 * value:.1f}%" for value in share_SC[:, block])
-        rows.append((f"{block}", *shares, printable(excerpt).replace("\n", "⏎").replace("\t", " ")))
+        rows.append((f"{block}", *shares, printable(str(saved.text_C[block])).replace("\n", "⏎").replace("\t", " ")))
     head = ("Block", *(f"layer {int(saved.layers_S[s])}" for s in shown), "Text at its start")
     return Table(
         f"Run {run_letter(index)}: which share of the later queries pick each block (mean over heads)",

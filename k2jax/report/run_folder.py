@@ -53,7 +53,7 @@ class Selections:
 
     selected_SHTJ: np.ndarray
     layers_S: np.ndarray
-    text_T: np.ndarray
+    text_C: np.ndarray  # how each block starts
     block_size: int
 
 
@@ -259,7 +259,7 @@ def _read_selections(path: Path) -> Selections | None:
             saved = Selections(
                 selected_SHTJ=np.asarray(arrays["selected"]),
                 layers_S=np.asarray(arrays["layers"]),
-                text_T=np.asarray(arrays["text"]),
+                text_C=np.asarray(arrays["text"]),
                 block_size=int(arrays["block_size"]),
             )
     except Exception as error:  # A wrong byte can make zipfile, zlib, tokenize or NumPy raise what they please.
@@ -277,10 +277,10 @@ def _check_selections(saved: Selections, path: Path) -> None:
         wrong = f'"selected" has shape {shape}, expected [layers, heads, queries, slots]'
     elif saved.layers_S.shape != shape[:1]:
         wrong = f'"layers" has shape {saved.layers_S.shape}, expected {shape[:1]}'
-    elif saved.text_T.shape != shape[2:3] or saved.text_T.dtype != np.uint8:
-        wrong = f'"text" is {saved.text_T.dtype} {saved.text_T.shape}, expected uint8 {shape[2:3]}'
     elif saved.block_size < 1:
         wrong = f'"block_size" is {saved.block_size}, expected at least 1'
+    elif saved.text_C.shape != (blocks := -(-shape[2] // saved.block_size),) or saved.text_C.dtype.kind != "U":
+        wrong = f'"text" is {saved.text_C.dtype} {saved.text_C.shape}, expected the text of {blocks} blocks'
     elif not -1 <= saved.selected_SHTJ.min() <= saved.selected_SHTJ.max() < -(-shape[2] // saved.block_size):
         wrong = (
             f'"selected" spans {saved.selected_SHTJ.min()} to {saved.selected_SHTJ.max()}, but {shape[2]} '

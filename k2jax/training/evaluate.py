@@ -1,6 +1,7 @@
 """The held-out set, and what is written down of the trained model.
 
-Legend: B sequences, T tokens, M expert layers, E experts, L MoBA layers, H heads, J blocks per query.
+Legend: B sequences, T tokens, M expert layers, E experts, L MoBA layers, H heads, J blocks per query,
+C blocks.
 """
 
 from functools import partial
@@ -15,6 +16,8 @@ from k2jax.model import hidden
 from k2jax.training.feed import Feed
 from k2jax.training.processes import is_first
 from k2jax.training.step import held_out_nats
+
+EXCERPT = 60  # characters of a block that the report shows
 
 
 class HeldOut:
@@ -48,10 +51,11 @@ class HeldOut:
         return result
 
 
-def write_selections(workdir: Path, params, cfg: RunConfig, tokens_T) -> bool:
+def write_selections(workdir: Path, params, cfg: RunConfig, tokens_T, tokenizer) -> bool:
     """Writes selections.npz: for one held-out document of tokens_T, the blocks that every MoBA head chose.
 
-    Arrays: selected int32 [L, H, T, J] (-1 = none, slot 0 the current block), layers [L], text uint8 [T], block_size.
+    Arrays: selected int32 [L, H, T, J] (-1 = none, slot 0 the current block), layers [L], text [C] (how each block
+    starts), block_size.
     Returns False, and writes nothing, for a model without MoBA layers.
     """
     if "moba" not in cfg.model.attention:
@@ -59,25 +63,24 @@ def write_selections(workdir: Path, params, cfg: RunConfig, tokens_T) -> bool:
     run = jax.jit(partial(hidden, cfg=cfg.model, selections=True))
     chosen = jax.device_get(run(params, tokens_BT=tokens_T[None])[1].selections)
     layers = sorted(chosen)
-    # A special token has no byte: it shows as zero.
-    text = np.where(tokens_T < 256, tokens_T, 0).astype(np.uint8)
     if not is_first():
         return True
+    size = cfg.model.moba.block_size
     np.savez_compressed(
         workdir / "selections.npz",
         selected=np.stack([chosen[layer][0] for layer in layers]).astype(np.int32),
         layers=np.array(layers, np.int32),
-        text=text,
-        block_size=np.int32(cfg.model.moba.block_size),
+        text=np.array([tokenizer.decode(tokens_T[i : i + size])[:EXCERPT] for i in range(0, len(tokens_T), size)]),
+        block_size=np.int32(size),
     )
     return True
 
 
 def write_sample(workdir: Path, params, cfg: RunConfig, tokenizer) -> str:
-    """Generates train.sample_bytes of text from the start of a document, writes sample.txt, returns the text."""
+    """Generates train.sample_tokens tokens from the start of a document, writes sample.txt, returns the text."""
     ids = sample(
         params, cfg.model, [tokenizer.bos_id],
-        length=cfg.train.sample_bytes, window=min(cfg.data.seq_len, cfg.train.sample_bytes + 1),
+        length=cfg.train.sample_tokens, window=min(cfg.data.seq_len, cfg.train.sample_tokens + 1),
         stop_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
     text = tokenizer.decode(ids)

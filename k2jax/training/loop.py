@@ -370,8 +370,8 @@ class _Run:
             self.watchdog.at("selections and sample", self.cfg.train.steps)
             run = self.stage.run
             tokens_T = self.corpus.held_out_document(run.data.seq_len)
-            write_selections(self.workdir, state["params"], run, tokens_T)
-            if run.train.sample_bytes:
+            write_selections(self.workdir, state["params"], run, tokens_T, self.corpus.tokenizer)
+            if run.train.sample_tokens:
                 text = write_sample(self.workdir, state["params"], run, self.corpus.tokenizer)
                 self.progress.say(f"--- a sample ---\n{text}\n----------------")
 

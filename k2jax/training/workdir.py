@@ -17,7 +17,7 @@ from k2jax.training.errors import WorkdirError
 # later.
 _MAY_CHANGE = (
     "train.steps", "train.eval_every", "train.checkpoint_every", "train.checkpoints_kept", "train.log_every",
-    "train.max_skipped", "train.sample_bytes", "train.watchdog_seconds", "data.prefetch", "optimizer.learning_rate",
+    "train.max_skipped", "train.sample_tokens", "train.watchdog_seconds", "data.prefetch", "optimizer.learning_rate",
     "optimizer.final_learning_rate", "optimizer.warmup_tokens", "optimizer.constant_tokens",
     "mesh.slice", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.seq", "mesh.tensor",
     "model.moe.dispatch", "model.remat", "train.loss_chunk",

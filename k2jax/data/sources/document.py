@@ -71,6 +71,11 @@ def add_to_hash(total, document: Document) -> None:
         total.update(len(field).to_bytes(8, "big") + field)
 
 
+def holds_shards(folder) -> bool:
+    """Whether experiments.prepare wrote this folder (any kind of path): it holds tokens, and no text."""
+    return (folder / "plan.json").exists() and (folder / "train").exists()
+
+
 def utf8(text: bytes, where: str, fix: str) -> bytes:
     """`text`, if it is UTF-8. Raises ValueError with the place, the byte and the fix if it is not."""
     try:

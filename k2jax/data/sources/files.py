@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from k2jax.data.sources import rows
-from k2jax.data.sources.document import Document, utf8
+from k2jax.data.sources.document import Document, holds_shards, utf8
 
 TEXT_ENDINGS = (".txt", ".md", ".rst", ".py")
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # URL scheme -> package of the file system
@@ -59,7 +59,7 @@ def find(path: str) -> tuple[Path, list[Path]]:
     if root.exists():
         if not root.is_dir():
             return root.parent, [root]
-        if (root / "plan.json").exists() and (root / "train").exists():
+        if holds_shards(root):
             raise ValueError(
                 f"data.source: {path} holds tokenised shards, and text is needed here. Fix: give the source that they "
                 "were prepared from."
