@@ -56,8 +56,11 @@ def train(
     NonFiniteError, Interrupted (the state is saved).
     """
     workdir = Path(workdir)
-    with ending_together(), locked(workdir) if is_first() else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ending_together())
         tracked = trackers.check(track) if track and is_first() else None
+        if is_first():
+            stack.enter_context(locked(workdir))
         try:
             run = _Run(cfg, workdir, profile, stream, tracked)
         except (ValueError, FileNotFoundError) as error:
