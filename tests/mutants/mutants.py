@@ -585,7 +585,6 @@ HUGGING_FACE = "k2jax/data/tokenizers/hugging_face.py"
 IN_SHARDS = "tests/test_shards.py::"
 IN_TOKENIZERS = "tests/test_tokenizers.py::"
 SAME_STREAM = f"{IN_SHARDS}test_shards_are_the_stream_that_memory_holds[3-uint16]"
-PREPARED = f"{IN_SHARDS}test_prepared_shards_are_what_training_on_the_text_would_read"
 
 SOURCE_MUTANTS = (
     Mutant(
@@ -624,11 +623,11 @@ SOURCE_MUTANTS = (
         f"{IN_SHARDS}test_equal_ids_of_another_tokenizer_are_another_stream",
     ),
     Mutant(
-        "bytes of text are counted as tokens",
+        "shards that do not add up to the plan are complete",
         PREPARE,
-        "np.concatenate(encoded), lengths, sum(map(len, texts))",
-        "np.concatenate(encoded), lengths, int(lengths.sum())",
-        PREPARED,
+        "if found != planned:",
+        "if found < 0:",
+        f"{IN_SHARDS}test_shards_that_do_not_add_up_to_the_plan_are_refused",
     ),
     Mutant(
         "a finished shard is taken as it is",
@@ -638,11 +637,18 @@ SOURCE_MUTANTS = (
         f"{IN_SHARDS}test_a_damaged_shard_is_named_by_the_next_run",
     ),
     Mutant(
-        "text that belongs to finished shards does not count when the next is filled",
-        PREPARE,
-        "        before[split] += len(document.text)\n        name =",
-        "        before[split] += 0 if finished[split] else len(document.text)\n        name =",
-        f"{IN_SHARDS}test_a_shard_that_is_gone_is_made_again_and_no_other",
+        "a document's name depends on how its folder is written",
+        "k2jax/data/sources/files.py",
+        "name = file.relative_to(root).as_posix()",
+        'name = str(file)[len(str(root)) :].lstrip("/")',
+        "tests/test_sources.py::test_names_do_not_depend_on_how_the_place_is_written[.]",
+    ),
+    Mutant(
+        "ids that the tokenizer does not have are drawn",
+        "k2jax/inference/sampling.py",
+        "[0, 0])[:vocab_size]",
+        "[0, 0])",
+        "tests/test_sampling.py::test_ids_that_the_tokenizer_does_not_have_are_never_drawn",
     ),
     Mutant(
         "a source that changed between counting and tokenising is not seen",
