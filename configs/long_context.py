@@ -52,7 +52,14 @@ def get_config(arg=None):
         "ns_dtype": "float32",
     }
     data = {"source": "stdlib", "seq_len": SHORT, "batch_size": 1, "seed": arg["seed"]}
-    train = {"steps": steps, "seed": arg["seed"], "checkpoint_every": arg["at"], "log_every": 10, "loss_chunk": 1024}
+    train = {
+        "steps": steps,
+        "seed": arg["seed"],
+        "checkpoint_every": arg["at"],
+        "eval_every": 10 if arg["switch"] else 10 * LONG // SHORT,  # after the switch, at the same tokens
+        "log_every": 10,
+        "loss_chunk": 1024,
+    }
     switch = {
         "name": "16K MoBA",
         "start": arg["at"],

@@ -20,6 +20,7 @@ WORDS = {
     "optimizer": ("muonclip", "muon", "adamw"),
     "size": ("545m", "822m", "1.1b", "1.5b", "2.1b"),
     "context": ("8k", "32k"),
+    "scale": ("small", "medium"),
 }
 
 

@@ -374,14 +374,14 @@ def test_single_bad_steps_are_skipped_and_counted(world, tmp_path):
     status, out, err = world.run(tmp_path, program=("-c", POISON), env={"POISON": "5 6"})
     assert status == 0, err
     assert [line["step"] for line in lines(tmp_path) if line["skipped"]] == [5, 6]
-    assert "warning: step 6 skipped: loss, gradient or update not finite (2 in a row)" in out
+    assert "warning: step 6 skipped: loss or gradient not finite (2 in a row)" in out
     assert np.isfinite(lines(tmp_path)[-1]["eval/loss"])
 
 
 def test_too_many_bad_steps_stop_the_run_and_good_data_continue_it(world, tmp_path):
     status, _, err = world.run(tmp_path, program=("-c", POISON), env={"POISON": "6 12"})
     assert status == 2
-    assert "3 steps in a row, up to step 8, had a loss, gradient or update that is not finite" in told(err)
+    assert "3 steps in a row, up to step 8, had a loss or gradient that is not finite" in told(err)
     assert "train.max_skipped=3" in told(err)
     assert complete(tmp_path)
     status, out, err = world.run(tmp_path)

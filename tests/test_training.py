@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -22,7 +21,8 @@ from k2jax.model import init_params
 from k2jax.training import hardware
 from k2jax.training import step as step_module
 from k2jax.training import workdir as workdir_module
-from k2jax.training.errors import RunError, WorkdirError
+from k2jax.training.errors import NonFiniteError, RunError, WorkdirError
+from k2jax.training.loop import train
 from k2jax.training.metrics import MetricsLog, SpikeDetector, read_metrics
 from k2jax.training.optimizer import make_optimizer
 from k2jax.training.progress import Progress, clock
@@ -123,15 +123,12 @@ def test_the_peak_is_that_of_the_chip_and_not_of_one_whose_name_begins_alike(mon
     assert ("measured" in source) == (peak is None)
 
 
-def test_an_update_that_is_not_finite_is_skipped_as_well(fake_gradients, params):
-    bad = optax.GradientTransformationExtraArgs(
-        lambda params: jnp.zeros(()),
-        lambda grads, state, params, **_: (jax.tree.map(lambda g: g / 0, grads), state + 1),
-    )
-    state, step = start(small(), params, bad)
-    new, metrics = step(state, numbers())
-    assert int(metrics["skipped"]) == 1
-    assert bits((new["params"], new["opt_state"])) == bits((params, state["opt_state"]))
+def test_an_update_that_is_not_finite_ends_the_run(tmp_path):
+    text = tiny.write_text(tmp_path / "text")
+    cfg = tiny.config(text, SMALL | {"optimizer.learning_rate": 1e39, "optimizer.warmup_tokens": 0}, steps=6)
+    with pytest.raises(NonFiniteError, match=r"step 1 made an update .* learning rate of inf.*learning_rate"):
+        train(cfg, tmp_path / "run", stream=io.StringIO())
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(("name", "rate"), [("muonclip", 0.01), ("muonclip", 0.0), ("adamw", 0.0)])

@@ -6,6 +6,7 @@ the loop: a step is dispatched first, then the numbers of the step before are re
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from functools import partial
@@ -284,6 +285,8 @@ class _Run:
         in_row = int(line.pop("skipped_in_row"))
         if step % self.cfg.train.log_every and step != self.cfg.train.steps:
             line = {name: value for name, value in line.items() if name not in ARRAY_FIELDS}
+        else:
+            line |= memory.peak()
         line |= {
             "step": step,
             "tokens": self.cfg.tokens_after(step),
@@ -298,11 +301,17 @@ class _Run:
         if line["spike"]:
             self.progress.say(f"warning: loss spike at step {step}: {line['loss']:.4f}")
         if line["skipped"]:
-            self.progress.say(f"warning: step {step} skipped: loss, gradient or update not finite ({in_row} in a row)")
+            self.progress.say(f"warning: step {step} skipped: loss or gradient not finite ({in_row} in a row)")
+        if not line["skipped"] and not math.isfinite(line["update_norm"]):
+            self.metrics.sync()
+            raise NonFiniteError(
+                f"step {step} made an update that is not finite out of a gradient that is, at a learning rate of "
+                f"{line['lr']:g}. The last complete checkpoint is untouched. Fix: lower optimizer.learning_rate."
+            )
         if in_row >= self.cfg.train.max_skipped:
             self.metrics.sync()
             raise NonFiniteError(
-                f"{in_row} steps in a row, up to step {step}, had a loss, gradient or update that is not finite "
+                f"{in_row} steps in a row, up to step {step}, had a loss or gradient that is not finite "
                 f"(train.max_skipped={self.cfg.train.max_skipped}). The last complete checkpoint is untouched. "
                 "Fix: lower optimizer.learning_rate or check the data, then run again."
             )

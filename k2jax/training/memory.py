@@ -131,8 +131,8 @@ def predict_memory(cfg: RunConfig, sizes: dict[str, int] | None = None) -> Memor
                   the layer's gathered weights and their gradients; of the largest layer
         loss      three times the float32 logits of train.loss_chunk tokens
         backward  gradients (twice with micro-batches: the sum and the latest) + kept + max(layer, loss)
-        update    gradients + new parameters + new optimizer state, since a step that is not finite must be undone,
-                  + Newton-Schulz: four times the largest leaf in float32
+        update    gradients, and Newton-Schulz: four times the largest leaf in float32; parameters and optimizer state
+                  are written in their place
         activations = max(backward, update) - gradients
 
     Raises ValueError, as a RunConfig does, for sizes that do not divide the model or the batch.
@@ -152,7 +152,7 @@ def predict_memory(cfg: RunConfig, sizes: dict[str, int] | None = None) -> Memor
     sums = 2 if cfg.train.accumulation > 1 else 1
     largest = max(map(bytes_per_device, jax.tree.leaves(state["params"])))
     backward = sums * parameters + kept + max(layer, loss)
-    update = 2 * parameters + optimizer + 4 * largest
+    update = parameters + 4 * largest
     return Memory(
         parameters=parameters,
         optimizer=optimizer,
@@ -236,6 +236,12 @@ def capacity() -> Capacity | None:
     limit = limit if told == "max" else min(limit, int(told))
     devices = jax.local_device_count()
     return Capacity(limit // devices, "host memory" + (f" shared by {devices} devices" if devices > 1 else ""))
+
+
+def peak() -> dict[str, int]:
+    """{'peak_memory': most bytes that one of this process's devices has held so far}; empty where it does not tell."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"peak_memory": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
 
 
 def describe(memory: Memory, has: Capacity | None) -> list[str]:

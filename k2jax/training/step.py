@@ -57,31 +57,38 @@ def gradients(params, batch, cfg: RunConfig):
         (_, (summed, max_logits)), grads = value_and_grad(params, micro, num_targets)
         return (grads, summed), max_logits
 
-    first = one(jax.tree.map(lambda x: x[0], batch))
     if cfg.train.accumulation == 1:
-        return first
+        return one(jax.tree.map(lambda x: x[0], batch))
 
     def add(carry, micro):
         total, highest = one(micro)
         return (jax.tree.map(jnp.add, carry[0], total), jax.tree.map(jnp.maximum, carry[1], highest)), None
 
-    return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
+    # From nothing rather than from the first micro-batch, so that a micro-batch is compiled once.
+    total, highest = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch))
+    nothing = (jax.tree.map(_zeros, total), jax.tree.map(lambda x: _zeros(x) - jnp.inf, highest))
+    return jax.lax.scan(add, nothing, batch)[0]
+
+
+def _zeros(shape):
+    return jnp.zeros(shape.shape, shape.dtype, out_sharding=shape.sharding)
 
 
 def train_step(state, batch, *, cfg: RunConfig, tx, rate=None):
-    """(new state, metrics). A step whose loss, gradient or update is not finite changes nothing but its count.
+    """(new state, metrics). A step whose loss or gradient is not finite changes nothing but its count.
 
     rate: the learning rate by finished steps, for the metrics alone; that of cfg by default.
     """
     params = state["params"]
     (grads, summed), max_logits = gradients(params, batch, cfg)
     grad_norm = optax.tree.norm(grads)
+    # Known before the update, so that every leaf is updated in its place. A check of the update itself, which only a
+    # learning rate near float32's end makes infinite, would keep the whole old state beside the new one.
+    finite = jnp.isfinite(summed["loss"]) & jnp.isfinite(grad_norm)
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, state["opt_state"], params, max_logits=max_logits)
         updated = optax.apply_updates(params, updates)
     update_norm = optax.tree.norm(updates)
-    # A finite gradient can still give an update that is not: a learning rate beyond float32, say.
-    finite = jnp.isfinite(summed["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
     if "load_ME" in summed:
         updated = _balance(updated, summed["load_ME"], cfg.optimizer.router_bias_rate)
     new = {"params": updated, "opt_state": opt_state, "step": state["step"] + 1}
