@@ -26,7 +26,7 @@ class Room:
 
 ROOMS = (
     Room("MuonClip as an optax transformation", "k2jax/muonclip.py", ("tests/test_paper_muonclip.py",),
-         ("logit_explosion", "nano_cpu", "nano_h100")),
+         ("logit_explosion", "nano_cpu", "nano_h100", "optimizers")),
     Room("Newton-Schulz, batched", "k2jax/newton_schulz.py", ("tests/test_paper_muonclip.py",), ("nano_cpu",)),
     Room("MoBA, plain and XLA form", "k2jax/kernels/moba", ("tests/test_paper_moba.py",),
          ("moba_memory", "nano_cpu", "nano_h100")),
@@ -37,7 +37,7 @@ ROOMS = (
     Room("Data: sources, tokenizers, shards, mixtures, exact state", "k2jax/data",
          ("tests/test_faults.py", "tests/test_processes.py"), ("nano_cpu",)),
     Room("Training loop, checkpoints, faults", "k2jax/training", ("tests/test_faults.py",),
-         ("nano_cpu", "nano_h100")),
+         ("nano_cpu", "nano_h100", "h100_baseline")),
     Room("Meshes: data, fsdp, expert, seq, tensor, slice (simulated devices)", "k2jax/sharding.py"),
     Room("Stages: context, attention, mixture, schedule", "k2jax/training/stages.py", (), ("stage_switch",)),
     Room("Several processes, watchdog, trackers, compile cache", "k2jax/training/processes.py", (), ("compile_cache",)),

@@ -23,7 +23,9 @@ BUDGET = defaultdict(lambda: 40.0) | {
     "tests/test_notebook.py": 240.0,
     "tests/test_package.py": 240.0,
     "tests/test_logit_explosion.py": 180.0,
+    "tests/test_slices.py": 180.0,
     "tests/test_gpu.py": 300.0,
+    "tests/test_two_gpus.py": 600.0,
 }
 
 _seconds = defaultdict(float)
