@@ -6,7 +6,7 @@ Data: text of the installed packages in a BPE of 16,384 ids, prepared first:
 
 python -m experiments.prepare --source=packages --train-tokenizer=16384 --out=data/bpe
 
-Expected time: a run of 500 steps takes 70 to 150 s on an H100 that three share.
+Hardware and time: a run of 500 steps takes one to three minutes on an H100 that three share.
 Expected result, scale small: held-out bits per byte 1.089 (MuonClip, rate 0.004) and 1.311 (AdamW, rate 0.001):
 benchmarks/results/optimizers.json.
 Arguments: optimizer (muonclip, muon, adamw), lr, scale (small, medium), steps, seed, data (folder of the shards).
