@@ -1,0 +1,89 @@
+"""Products of matrices with their own transpose, which are symmetric: half of each need not be computed.
+
+Legend: B batch, N rows (twice: rows and columns of the result), M columns.
+"""
+
+import functools
+import logging
+
+import jax
+
+from k2jax.kernels.partition import mesh_axes, over_mesh
+from k2jax.kernels.symmetric_matmul.reference import symmetric_matmul_reference
+from k2jax.kernels.symmetric_matmul.sm90 import refusal, symmetric_matmul_sm90
+
+IMPLEMENTATIONS = {"reference": symmetric_matmul_reference, "sm90": symmetric_matmul_sm90}
+
+# Fewer rows have too few tiles for what is saved above the diagonal to count.
+SM90_MIN_ROWS = 512
+
+__all__ = ["IMPLEMENTATIONS", "SM90_MIN_ROWS", "symmetric_matmul"]
+
+
+def symmetric_matmul(x, c=None, *, alpha=1.0, beta=1.0, gamma=None, implementation: str | None = None):
+    """alpha x x^T + beta c + gamma I, accumulated in float32 and rounded once.
+
+    Args:
+      x: [B, N, M] or [N, M]. On a mesh only B may be cut: the matrices are gathered whole.
+      c: symmetric matrices [B, N, N] or [N, N] in x's type, or None. For a polynomial b A + c A A of symmetric A, x and
+        c are both A. Where c is not symmetric, the result depends on the implementation.
+      alpha, beta, gamma: numbers or float32 scalars, may be traced. gamma None adds no identity.
+      implementation: 'reference' (the whole product, everywhere), 'sm90' (the lower triangle, on Hopper GPUs; its
+        result equals its transpose bit for bit), or None, which chooses and logs the choice once.
+
+    Returns:
+      [B, N, N] or [N, N] in x's type. It has no gradient under 'sm90': an optimizer's update needs none.
+
+    Raises:
+      ValueError: shapes or types that do not fit together, an unknown implementation, or one that cannot do this.
+
+    Source: Newton-Schulz with symmetric products as in gram-newton-schulz (Dao-AILab) and QuACK's symmetric GEMM.
+    """
+    if x.ndim == 2:
+        c = None if c is None else c[None]
+        return symmetric_matmul(x[None], c, alpha=alpha, beta=beta, gamma=gamma, implementation=implementation)[0]
+    _check(x, c)
+    reason = _no_sm90(x)
+    if implementation is None:
+        implementation = "reference" if reason else "sm90"
+        _say_once(implementation, reason or "a Hopper GPU and enough rows")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: use None or one of {sorted(IMPLEMENTATIONS)}")
+    if implementation == "sm90" and (reason := _not_hopper() or refusal(x)):
+        raise ValueError(f"implementation='sm90' cannot run: {reason}")
+    arrays = {"x_BNM": x} if c is None else {"x_BNM": x, "c_BNK": c}
+
+    def product(x_BNM, c_BNK=None):
+        return IMPLEMENTATIONS[implementation](x_BNM, c_BNK, alpha, beta, gamma)
+
+    axes = mesh_axes({"x_BNM": x})
+    return over_mesh(product, arrays, "BNK", {letter: axes[letter] for letter in axes if letter == "B"})
+
+
+def _check(x, c):
+    if x.ndim != 3:
+        raise ValueError(f"x.shape={x.shape} must be (batch, rows, columns) or (rows, columns)")
+    n = x.shape[1]
+    if c is not None and c.shape != (x.shape[0], n, n):
+        raise ValueError(f"c.shape={c.shape} must be {(x.shape[0], n, n)}: one square per matrix of x")
+    if c is not None and c.dtype != x.dtype:
+        raise ValueError(f"c is {c.dtype} and x is {x.dtype}: both must have one type")
+
+
+def _no_sm90(x):
+    """Why 'sm90' is not chosen for x, or None."""
+    if reason := _not_hopper() or refusal(x):
+        return reason
+    return f"x has {x.shape[1]} rows, fewer than {SM90_MIN_ROWS}" if x.shape[1] < SM90_MIN_ROWS else None
+
+
+@functools.cache
+def _not_hopper():
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    return None if capability == "9.0" else f"it needs a Hopper GPU, and the default device is {device.device_kind}"
+
+
+@functools.cache
+def _say_once(implementation, reason):
+    logging.getLogger(__name__).info("symmetric_matmul: %s (%s)", implementation, reason)
