@@ -21,7 +21,7 @@ import ml_collections
 from configs import common
 
 # layers, width, heads, experts, width of an expert
-SCALES = {"small": (6, 384, 6, 16, 192), "medium": (10, 640, 10, 32, 320)}
+SCALES = {"small": (6, 384, 6, 16, 192), "medium": (9, 512, 8, 24, 256)}
 
 
 def get_config(arg=None):
@@ -71,9 +71,18 @@ def get_config(arg=None):
 
 
 def get_sweep(add):
-    """Four learning rates for Muon with and without the clip together, four for AdamW, about a factor of two apart."""
-    for lr in (0.001, 0.002, 0.004, 0.008):
-        add(optimizer="muonclip", lr=lr)
-    for lr in (0.0005, 0.001, 0.002, 0.004):
-        add(optimizer="adamw", lr=lr)
-    add(optimizer="muon", lr=0.004)
+    """Rates about a factor of two apart, as many for Muon as for AdamW; then Muon's best on fewer tokens.
+
+    The shorter runs tell how many of AdamW's tokens Muon needs for AdamW's loss.
+    """
+    for scale, muon, adamw, shorter in (
+        ("small", (0.001, 0.002, 0.004, 0.008), (0.0005, 0.001, 0.002, 0.004), (150, 200, 250, 300)),
+        ("medium", (0.002, 0.004, 0.008), (0.0005, 0.001, 0.002), (150, 200, 250, 300)),
+    ):
+        for lr in muon:
+            add(scale=scale, optimizer="muonclip", lr=lr, steps=500)
+        for lr in adamw:
+            add(scale=scale, optimizer="adamw", lr=lr, steps=500)
+        add(scale=scale, optimizer="muon", lr=0.004, steps=500)
+        for steps in shorter:
+            add(scale=scale, optimizer="muonclip", lr=0.004, steps=steps)
