@@ -249,7 +249,7 @@ def test_state_holds_float32_arrays_and_no_settings():
         ]
         assert jax.tree.structure(state) == jax.tree.structure(after)
         assert {str(x.dtype) for x in jax.tree.leaves(state)} == {"int32", "float32"}
-        assert len(jax.tree.leaves(state)) == 1 + 2 + 2 + 2  # count, mu, Adam's moments, clip statistics
+        assert len(jax.tree.leaves(state)) == 1 + 2 + 2 + 5  # count, mu, Adam's moments, clip statistics
         jax.tree.map(lambda u, g: np.testing.assert_equal(u.dtype, g.dtype), updates, tree)
 
 
@@ -279,4 +279,7 @@ def test_import_loads_jax_and_optax_only():
         "print(sorted(heavy & set(sys.modules)), sorted(rooms))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[] ['k2jax.matrix_specs', 'k2jax.muonclip', 'k2jax.newton_schulz']"
+    assert (
+        result.stdout.strip()
+        == "[] ['k2jax.describe', 'k2jax.leaf_roles', 'k2jax.matrix_specs', 'k2jax.max_logits', 'k2jax.muonclip', 'k2jax.newton_schulz', 'k2jax.polar_express', 'k2jax.qk_clip']"
+    )
