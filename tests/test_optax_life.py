@@ -82,6 +82,7 @@ def test_multi_steps_with_a_running_maximum_equals_one_update_of_the_whole_batch
 def test_partition_gives_each_transformation_its_leaves():
     params, grads = attention(), attention(5)
     labels = {"wq": "muon", "wk": "muon", "gain": "frozen"}
+    alone = muonclip(0.1, matrix_specs=ROLES, ns=F32, qk_clip=CLIP)
     tx = optax.partition(
         {"muon": muonclip(0.1, matrix_specs=ROLES, ns=F32, qk_clip=CLIP), "frozen": optax.set_to_zero()}, labels
     )
