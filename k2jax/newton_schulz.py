@@ -78,9 +78,10 @@ class NS:
     def fast(cls, dtype: str = "float16") -> "NS":
         """Six steps of Polar Express on the Gram matrix: singular values above 1e-3 arrive within 0.2 % of one.
 
-        On long matrices fewer operations than `k2`. Updates are about 14 % larger than k2's, whose singular values end
-        below one on average, so tune the learning rate anew. Source: arXiv 2505.16932; the Gram form and its restarts
-        are those of github.com/Dao-AILab/gram-newton-schulz.
+        On long matrices fewer operations than `k2`. Updates are 5 to 19 % larger than k2's, whose singular values end
+        below one on average (benchmarks/ns_quality.py), so look at the learning rate again.
+
+        Source: arXiv 2505.16932; the Gram form with restarts is that of github.com/Dao-AILab/gram-newton-schulz.
         """
         return cls(coeffs=polar_express(l=1e-3, steps=6, eps=0.01), dtype=dtype, method="gram", restarts=(2, 4))
 
