@@ -25,9 +25,12 @@ class Room:
 
 
 ROOMS = (
-    Room("MuonClip as an optax transformation", "k2jax/muonclip.py", ("tests/test_paper_muonclip.py",),
+    Room("MuonClip as an optax transformation", "k2jax/muonclip.py",
+         ("tests/test_paper_muonclip.py", "tests/test_update_parity.py"), ("nano_cpu", "nano_h100")),
+    Room("QK-Clip", "k2jax/qk_clip.py", ("tests/test_paper_muonclip.py",),
          ("logit_explosion", "nano_cpu", "nano_h100")),
-    Room("Newton-Schulz, batched", "k2jax/newton_schulz.py", ("tests/test_paper_muonclip.py",), ("nano_cpu",)),
+    Room("Newton-Schulz, standard and on the Gram matrix", "k2jax/newton_schulz.py",
+         ("tests/test_paper_muonclip.py", "tests/test_update_parity.py"), ("ns_quality", "nano_cpu")),
     Room("MoBA, plain and XLA form", "k2jax/kernels/moba", ("tests/test_paper_moba.py",),
          ("moba_memory", "nano_cpu", "nano_h100")),
     Room("Full attention with max logits, XLA", "k2jax/kernels/attention", ("tests/test_paper_model.py",),
