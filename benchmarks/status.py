@@ -25,9 +25,13 @@ class Room:
 
 
 ROOMS = (
-    Room("MuonClip as an optax transformation", "k2jax/muonclip.py", ("tests/test_paper_muonclip.py",),
-         ("logit_explosion", "nano_cpu", "nano_h100", "optimizers")),
-    Room("Newton-Schulz, batched", "k2jax/newton_schulz.py", ("tests/test_paper_muonclip.py",), ("nano_cpu",)),
+    Room("MuonClip as an optax transformation", "k2jax/muonclip.py",
+         ("tests/test_paper_muonclip.py", "tests/test_update_parity.py"), ("nano_cpu", "nano_h100", "optimizers")),
+    Room("QK-Clip", "k2jax/qk_clip.py", ("tests/test_paper_muonclip.py",),
+         ("logit_explosion", "nano_cpu", "nano_h100")),
+    Room("Newton-Schulz, standard and on the Gram matrix", "k2jax/newton_schulz.py",
+         ("tests/test_paper_muonclip.py", "tests/test_update_parity.py"), ("ns_quality", "nano_cpu")),
+    Room("Symmetric product, a Hopper kernel (Pallas)", "k2jax/kernels/symmetric_matmul", (), ("symmetric_matmul",)),
     Room("MoBA, plain and XLA form", "k2jax/kernels/moba", ("tests/test_paper_moba.py",),
          ("moba_memory", "nano_cpu", "nano_h100")),
     Room("Full attention with max logits, XLA", "k2jax/kernels/attention", ("tests/test_paper_model.py",),
@@ -38,7 +42,7 @@ ROOMS = (
          ("tests/test_faults.py", "tests/test_processes.py"), ("nano_cpu",)),
     Room("Training loop, checkpoints, faults", "k2jax/training", ("tests/test_faults.py",),
          ("nano_cpu", "nano_h100", "h100_baseline")),
-    Room("Meshes: data, fsdp, expert, seq, tensor, slice (simulated devices)", "k2jax/sharding.py"),
+    Room("Meshes: data, fsdp, expert, seq, tensor, slice", "k2jax/sharding.py"),
     Room("Stages: context, attention, mixture, schedule", "k2jax/training/stages.py", (), ("stage_switch",)),
     Room("Several processes, watchdog, trackers, compile cache", "k2jax/training/processes.py", (), ("compile_cache",)),
     Room("Doctor: ops, rates and memory of a machine", "k2jax/diagnostics", (), ("doctor_cpu",)),

@@ -1,43 +1,49 @@
-"""Which leaves of a parameter tree hold matrices, on which axes, and what role every other leaf has.
+"""The matrices of a leaf: which axes form them, which blocks of a fused weight are matrices of their own.
 
-Legend: L layers, D model, H heads, K and V head sizes. Paths are written 'moe/attn/wq_b'.
+Legend: L layers, D model, H heads, K and V head sizes.
 """
 
 import dataclasses
-import difflib
+import itertools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
-
-PyTree = Any
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixSpec:
-    """Which axes of a parameter form its matrix; every other axis is a batch of independent matrices.
+    """Which axes of a parameter form its matrices; every other axis is a batch of independent matrices.
 
-    An input projection `wq [L, D, H, K]` is `MatrixSpec(-3, (-2, -1))`: L matrices [D, H*K]. An output
-    projection `wo [L, H, V, D]` is `MatrixSpec((-3, -2), -1)`. Count from the end, so that one spec fits
-    stacked and unstacked layers.
+    An input projection `wq [L, D, H, K]` is `MatrixSpec(-3, (-2, -1))`: L matrices [D, H*K]. One matrix per head is
+    the same without the head axis, `MatrixSpec(-3, -1)`: L*H matrices [D, K]. An output projection `wo [L, H, V, D]`
+    is `MatrixSpec((-3, -2), -1)`. Count from the end, so that one spec fits stacked and unstacked layers.
 
     Args:
       reduction_axis: the axis, or axes, that the forward pass sums over (fan-in).
       output_axis: the axis, or axes, of the result (fan-out).
+      blocks: sizes of the parts of a fused weight along `block_axis`, each a matrix of its own: (512, 64) for a
+        latent and a shared rotary key, (K,) * H for heads in a flat [D, H*K]. They add up to the axis.
+      block_axis: the axis that is cut, one of the axes above; None for the last output axis.
+      ns: a `k2jax.newton_schulz.NS` for this leaf alone; None for the optimizer's.
     """
 
     reduction_axis: int | tuple[int, ...] = -2
     output_axis: int | tuple[int, ...] = -1
+    blocks: tuple[int, ...] | None = None
+    block_axis: int | None = None
+    ns: Any = None
 
-
-class _External:
     def __repr__(self) -> str:
-        return "EXTERNAL"
+        given = [
+            f"{f.name}={value!r}" for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default
+        ]
+        return f"MatrixSpec({', '.join(given)})"
 
-
-EXTERNAL = _External()
-"""Role of a leaf that some other rule writes, such as a router bias: its update is exactly zero."""
 
 LAST_TWO = MatrixSpec()
 
@@ -48,9 +54,7 @@ def matrix_axes(shape: tuple[int, ...], spec: MatrixSpec) -> tuple[tuple[int, ..
     Raises:
       ValueError: an axis is missing from the shape, or named twice.
     """
-    reduction, output = (
-        axis if isinstance(axis, tuple) else (axis,) for axis in (spec.reduction_axis, spec.output_axis)
-    )
+    reduction, output = (as_axes(axis) for axis in (spec.reduction_axis, spec.output_axis))
     ndim = len(shape)
     if not reduction or not output or any(not -ndim <= axis < ndim for axis in reduction + output):
         raise ValueError(f"{spec} does not fit shape {shape}: it needs axes in [{-ndim}, {ndim})")
@@ -61,117 +65,108 @@ def matrix_axes(shape: tuple[int, ...], spec: MatrixSpec) -> tuple[tuple[int, ..
     return batch, reduction, output
 
 
-def matrix_sides(shape: tuple[int, ...], spec: MatrixSpec) -> tuple[int, int, int]:
-    """(number of matrices, fan-in, fan-out) of a parameter of this shape."""
-    return tuple(math.prod(shape[axis] for axis in axes) for axes in matrix_axes(shape, spec))
+def as_axes(axis: int | Iterable[int]) -> tuple[int, ...]:
+    return (axis,) if isinstance(axis, int) else tuple(axis)
 
 
-def by_ndim(exclude: tuple[str, ...] = ("embed", "head")) -> Callable[[str, Any], MatrixSpec | None]:
-    """A `matrix_specs` for a tree in the usual layout: matrices on the last two axes, batch axes before them.
+class Stack(NamedTuple):
+    """Equal blocks that lie side by side in a leaf, and so one batch of equal matrices; all of it without blocks.
 
-    AdamW gets leaves with fewer than two axes, leaves named 'scale' or 'bias' (a stack of vectors [L, D]
-    looks like a matrix but is none), and every leaf with a part of its path that starts or ends with a word
-    of `exclude` ('lm_head', 'embedding'). Read the table of `describe` before training with it.
+    start, count, size: `count` blocks of `size` along the cut axis, from `start`.
+    matrices, fan_in, fan_out: how many matrices that makes with the batch axes, and their sides.
     """
 
-    def spec(path: str, leaf: Any) -> MatrixSpec | None:
-        parts = path.split("/")
-        excluded = any(part.startswith(word) or part.endswith(word) for part in parts for word in exclude)
-        return None if excluded or leaf.ndim < 2 or parts[-1] in ("scale", "bias") else MatrixSpec()
-
-    return spec
-
-
-def role_table(params: PyTree, matrix_specs: PyTree, *, ns_steps: int) -> str:
-    """The text of `k2jax.muonclip.describe`, for that many Newton-Schulz steps. Raises what `leaf_roles` raises."""
-    rows = [("path", "role", "shape", "matrices", "NS FLOPs")]
-    total = 0
-    for path, leaf, role in leaf_roles(params, matrix_specs):
-        matrices, flops = "", ""
-        if isinstance(role, MatrixSpec):
-            count, fan_in, fan_out = matrix_sides(leaf.shape, role)
-            n, m = sorted((fan_in, fan_out))
-            leaf_flops = ns_steps * count * (2 * n**3 + 4 * n * n * m)
-            total += leaf_flops
-            matrices, flops = f"{count} x ({fan_in}, {fan_out})", f"{leaf_flops:.3g}"
-        rows.append((path, _role_name(role), str(list(leaf.shape)), matrices, flops))
-    return _table([*rows, ("total", "", "", "", f"{total:.3g}")])
+    start: int
+    count: int
+    size: int
+    matrices: int
+    fan_in: int
+    fan_out: int
 
 
-def _role_name(role: Any) -> str:
-    return "muon" if isinstance(role, MatrixSpec) else "adamw" if role is None else "external"
+def cut_axis(shape: tuple[int, ...], spec: MatrixSpec) -> int:
+    """The axis that `spec.blocks` cut, counted from the front."""
+    return as_axes(spec.output_axis if spec.block_axis is None else spec.block_axis)[-1] % len(shape)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def _is_role(x: Any) -> bool:
-    return x is None or x is EXTERNAL or isinstance(x, MatrixSpec)
-
-
-def named_leaves(tree: PyTree, is_leaf: Callable | None = None) -> dict[str, Any]:
-    """The leaves by path, such as 'moe/attn/wq_b', in the order of `jax.tree.leaves`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
-
-
-def leaf_roles(params: PyTree, matrix_specs: PyTree) -> list[tuple[str, Any, Any]]:
-    """(path, leaf, role) of every leaf, in the order of `jax.tree.leaves`.
+def stacks(shape: tuple[int, ...], spec: MatrixSpec) -> list[Stack]:
+    """The matrices of a parameter of this shape, equal neighbours together.
 
     Raises:
-      ValueError: a leaf without a role, an unknown path, or a role that does not fit its leaf.
+      ValueError: `spec` does not fit the shape, or its blocks do not add up to the axis that they cut.
     """
-    leaves = named_leaves(params)
-    if matrix_specs is None:
-        raise ValueError(f"matrix_specs is not set, so no leaf has a rule.\n{_paste(leaves, {})}")
-    if callable(matrix_specs):
-        labels = {path: matrix_specs(path, leaf) for path, leaf in leaves.items()}
-    else:
-        labels = _labels_by_prefix(leaves, named_leaves(matrix_specs, is_leaf=_is_role))
-    wrong = {path: role for path, role in labels.items() if not _is_role(role)}
-    if wrong:
-        path, role = next(iter(wrong.items()))
-        raise ValueError(f"matrix_specs gives {role!r} for {path!r}; expected a MatrixSpec, None or EXTERNAL")
-    missing = [path for path in leaves if path not in labels]
-    if missing:
-        raise ValueError(f"matrix_specs has no entry for {', '.join(missing)}.\n{_paste(leaves, labels)}")
-    for path, role in labels.items():
-        if isinstance(role, MatrixSpec):
-            try:
-                matrix_axes(leaves[path].shape, role)
-            except ValueError as error:
-                raise ValueError(f"matrix_specs of {path!r}: {error}; use None for AdamW") from error
-    return [(path, leaf, labels[path]) for path, leaf in leaves.items()]
+    batch, reduction, output = matrix_axes(shape, spec)
+    outer, fan_in, fan_out = (math.prod(shape[axis] for axis in axes) for axes in (batch, reduction, output))
+    axis = cut_axis(shape, spec)
+    length = shape[axis]
+    if spec.blocks is None:
+        if spec.block_axis is not None:
+            raise ValueError(f"{spec} has a block_axis but no blocks; give their sizes, or leave both out")
+        return [Stack(0, 1, length, outer, fan_in, fan_out)]
+    if axis in batch or not -len(shape) <= (spec.block_axis or 0) < len(shape):
+        raise ValueError(f"{spec} does not fit shape {shape}: block_axis must be a reduction or an output axis")
+    if sum(spec.blocks) != length or min(spec.blocks, default=0) < 1:
+        raise ValueError(
+            f"{spec} does not fit shape {shape}: blocks add up to {sum(spec.blocks)}, the axis has {length}"
+        )
+    found, start = [], 0
+    for size, group in itertools.groupby(spec.blocks):
+        count = len(list(group))
+        sides = (fan_in // length * size, fan_out) if axis in reduction else (fan_in, fan_out // length * size)
+        found.append(Stack(start, count, size, outer * count, *sides))
+        start += count * size
+    return found
 
 
-def _labels_by_prefix(leaves: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-    """The entry of the longest prefix of each path; a full tree, a prefix tree and flat paths all work."""
-    labels, used = {}, set()
-    for path in leaves:
-        parts = path.split("/")
-        prefixes = ["/".join(parts[:length]) for length in range(len(parts), -1, -1)]
-        matching = [prefix for prefix in prefixes if prefix in entries]
-        used.update(matching)
-        if matching:
-            labels[path] = entries[matching[0]]
-    unknown = [entry for entry in entries if entry not in used]
-    if unknown:
-        raise ValueError(f"matrix_specs names {unknown[0]!r}, which is no leaf; {closest(unknown[0], leaves)}")
-    return labels
+def to_matrices(x: jax.Array, spec: MatrixSpec) -> list[jax.Array]:
+    """The matrices of a leaf as one array [*batch, fan-in, fan-out] for each of its `stacks`.
+
+    Equal blocks are the last batch axis of their stack; without blocks there is one stack and no such axis.
+    """
+    _, reduction, output = matrix_axes(x.shape, spec)
+    axis = cut_axis(x.shape, spec)
+    found = []
+    for part in stacks(x.shape, spec):
+        split, order = _layout(x.shape, spec, part)
+        piece = lax.slice_in_dim(x, part.start, part.start + part.count * part.size, axis=axis)
+        moved = jnp.transpose(piece.reshape(split), order)
+        batch = len(order) - len(reduction + output)
+        found.append(moved.reshape(*moved.shape[:batch], part.fan_in, part.fan_out))
+    return found
 
 
-def _paste(leaves: dict[str, Any], labels: dict[str, Any]) -> str:
-    """The table of leaves, and a `matrix_specs` to paste: known roles kept, others guessed by `by_ndim`."""
-    guess = by_ndim()
-    table = _table([("path", "shape"), *((path, str(list(leaf.shape))) for path, leaf in leaves.items())])
-    lines = [f"    {path!r}: {labels.get(path, guess(path, leaf))!r}," for path, leaf in leaves.items()]
-    advice = "Check every line, then paste (None = AdamW, EXTERNAL = written by another rule):"
-    return "\n".join([table, advice, "matrix_specs = {", *lines, "}"])
+def from_matrices(results: list[jax.Array], shape: tuple[int, ...], spec: MatrixSpec) -> jax.Array:
+    """The leaf of this shape whose `to_matrices` these are."""
+    axis = cut_axis(shape, spec)
+    pieces = []
+    for part, matrices in zip(stacks(shape, spec), results, strict=True):
+        split, order = _layout(shape, spec, part)
+        moved = matrices.reshape([split[i] for i in order])
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        pieces.append(jnp.transpose(moved, inverse).reshape(*shape[:axis], part.count * part.size, *shape[axis + 1 :]))
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=axis)
 
 
-def closest(path: str, known: Iterable[str]) -> str:
-    """Advice for an error about an unknown path."""
-    close = difflib.get_close_matches(path, list(known), n=1, cutoff=0.0)
-    return f"the closest one is {close[0]!r}" if close else "the tree has no leaf"
+def _layout(shape, spec, part):
+    """(shape, order): the piece of a stack with its equal blocks on an axis of their own, and batch axes first."""
+    batch, reduction, output = matrix_axes(shape, spec)
+    axis = cut_axis(shape, spec)
+    if part.count == 1:
+        return (*shape[:axis], part.size, *shape[axis + 1 :]), [*batch, *reduction, *output]
+    split = (*shape[:axis], part.count, part.size, *shape[axis + 1 :])
+    batch, reduction, output = ([i + (i >= axis) for i in axes] for axes in (batch, reduction, output))
+    return split, [*batch, axis, *reduction, *output]
+
+
+def update_scale(shape: tuple[int, ...], spec: MatrixSpec) -> float | np.ndarray:
+    """sqrt(max(fan-in, fan-out)) of the matrix that an entry belongs to: a number, or an array along the cut axis.
+
+    A semi-orthogonal matrix has root mean square 1 / sqrt(max(n, m)) (Moonlight, arXiv 2502.16982, lemma 1), so this
+    brings matrices of every size to one, and a block to the same as a whole matrix.
+    """
+    parts = stacks(shape, spec)
+    if spec.blocks is None:
+        return math.sqrt(max(parts[0].fan_in, parts[0].fan_out))
+    along = np.concatenate([np.full(s.count * s.size, math.sqrt(max(s.fan_in, s.fan_out)), np.float32) for s in parts])
+    axis = cut_axis(shape, spec)
+    return along.reshape([-1 if i == axis else 1 for i in range(len(shape))])

@@ -15,16 +15,31 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("k2jax", "configs", "experiments", "benchmarks")
 
 _BELOW_LAYERS = {"config", "sharding", "kernels", "moba_pallas"}
-_LIBRARY = _BELOW_LAYERS | {"matrix_specs", "newton_schulz", "muonclip", "layers", "model"}
+_OPTIMIZER = {
+    "matrix_specs",
+    "leaf_roles",
+    "polar_express",
+    "newton_schulz",
+    "describe",
+    "max_logits",
+    "qk_clip",
+    "muonclip",
+}
+_LIBRARY = _BELOW_LAYERS | _OPTIMIZER | {"layers", "model"}
 
 # Room -> rooms of k2jax that its files may import. A room is a file or folder of k2jax; '' is k2jax/__init__.py.
 ROOMS = {
     "": set(),
     "kernels": {"kernels"},
     "matrix_specs": set(),
-    "newton_schulz": {"matrix_specs", "kernels"},
+    "leaf_roles": {"matrix_specs"},
+    "polar_express": set(),
+    "newton_schulz": {"matrix_specs", "polar_express", "kernels"},
+    "describe": {"leaf_roles", "matrix_specs", "newton_schulz"},
+    "max_logits": set(),
+    "qk_clip": {"leaf_roles"},
     "moba_pallas": {"kernels"},
-    "muonclip": {"matrix_specs", "newton_schulz", "kernels"},
+    "muonclip": _OPTIMIZER | {"kernels"},
     "config": {"config"},
     "sharding": {"config"},
     "layers": _BELOW_LAYERS | {"layers"},
@@ -41,7 +56,12 @@ PACKAGES = {
     "": set(),
     "kernels": {"jax", "numpy"},
     "matrix_specs": {"jax", "numpy"},
+    "leaf_roles": {"jax", "numpy"},
+    "polar_express": {"numpy"},
     "newton_schulz": {"jax", "numpy"},
+    "describe": set(),
+    "max_logits": {"jax", "numpy"},
+    "qk_clip": {"jax", "numpy", "optax"},
     "moba_pallas": {"jax", "numpy"},
     "muonclip": {"jax", "numpy", "optax"},
     "config": set(),

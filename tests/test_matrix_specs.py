@@ -4,6 +4,7 @@ Legend: L layers, D model, E experts, F hidden, R query latent, H heads, C key-v
 position, P rotary, V value.
 """
 
+import itertools
 import re
 
 import jax
@@ -83,8 +84,10 @@ moe/moe/shared/w_up       muon      2 x (8, 6)
 
 def described(table):
     """path -> (role, matrices) of the text that `describe` gives."""
-    rows = [re.split(r"\s{2,}", line) for line in table.splitlines()[1:-1]]
-    return {row[0]: (row[1], row[3] if len(row) > 3 else "") for row in rows}
+    head, *lines, _ = table.splitlines()
+    starts = [head.index(name) for name in ("path", "role", "shape", "matrices", "method")]
+    rows = [[line[i:j].strip() for i, j in itertools.pairwise(starts)] for line in lines]
+    return {path: (role, matrices) for path, role, _, matrices in rows}
 
 
 def test_every_leaf_of_the_project_has_the_rule_of_the_paper():

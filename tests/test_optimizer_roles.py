@@ -4,9 +4,10 @@ import jax
 import pytest
 
 from k2jax import model
-from k2jax.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
-from k2jax.muonclip import EXTERNAL, MHAClip, MLAClip
-from k2jax.training.optimizer import clip_specs, role
+from k2jax.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, load_config
+from k2jax.matrix_specs import stacks
+from k2jax.muonclip import EXTERNAL, MatrixSpec, MHAClip, MLAClip
+from k2jax.training.optimizer import clip_specs, leaf_roles, per_head_matrices, role
 
 LATENT = MLAConfig(kv_lora_rank=6, nope_dim=4, rope_dim=2, v_dim=3, q_lora_rank=5)
 LATENT_NO_Q = MLAConfig(kv_lora_rank=6, nope_dim=4, rope_dim=2, v_dim=3)
@@ -87,6 +88,24 @@ def test_the_axes_cut_each_weight_into_fan_in_and_fan_out(attn):
         assert tuple(_size(shape, axes) for axes in (spec.reduction_axis, spec.output_axis)) == sides
 
 
+@FORMS
+def test_per_head_cuts_queries_keys_and_values_and_nothing_else(attn):
+    D, Q, C, H, N, R, V = 8, 5, 6, 2, 4, 2, 3
+    if attn is GROUPED:
+        want = {"wq": [(H, D, 4)], "wk": [(1, D, 4)], "wv": [(1, D, 4)]}
+    else:
+        want = {"wkv_a": [(1, D, C), (1, D, R)], "wkv_b": [(H, C, N), (H, C, V)]}
+        want |= {"wq": [(H, D, N + R)]} if attn is LATENT_NO_Q else {"wq_b": [(H, Q, N + R)]}
+    cfg = config(attn)
+    shapes = jax.eval_shape(lambda: model.init_params(cfg, jax.random.key(0)))
+    matrices = per_head_matrices(cfg.attn)
+    for name, sides in want.items():
+        found = stacks(shapes["dense"]["attn"][name].shape, role(f"dense/attn/{name}", matrices=matrices))
+        assert [stack[3:] for stack in found] == sides
+    same = table(cfg).keys() - {f"{group}/attn/{name}" for name in want for group in ("dense", "moe")}
+    assert all(role(path, matrices=matrices) is role(path) for path in same)
+
+
 def _size(shape, axes):
     size = 1
     for axis in axes if isinstance(axes, tuple) else (axes,):
@@ -122,3 +141,12 @@ def test_qk_clip_names_leaves_that_exist_keyed_as_the_max_logits(attn):
     for spec in specs.values():
         assert spec.q in paths
         assert (spec.k if attn is GROUPED else spec.kv) in paths
+
+
+def test_per_head_is_one_switch_which_kimi_k2_leaves_off():
+    off = load_config("configs/kimi_k2.py")
+    on = load_config("configs/kimi_k2.py", {"optimizer.per_head": True})
+    assert leaf_roles(off)("moe/attn/wq_b", None) == MatrixSpec(-3, (-2, -1))
+    assert leaf_roles(on)("moe/attn/wq_b", None) == MatrixSpec(-3, -1)
+    assert leaf_roles(on)("moe/attn/wkv_b", None).blocks == (128, 128)
+    assert leaf_roles(on)("moe/attn/wkv_a", None).blocks == (512, 64)

@@ -30,6 +30,7 @@ class OptimizerConfig:
     balance_loss: float = 1e-4  # weight of the sequence-wise balance loss
     z_loss: float = 0.0  # weight of the mean of log(sum of exp(logits))^2, which keeps logits from drifting
     ns_dtype: str = "bfloat16"  # of Newton-Schulz; float32 is faster on CPUs
+    per_head: bool = False  # Muon on every head's query, key and value projection by itself, as in GLM-5 and Kimi K3
 
     def __post_init__(self):
         one_of("optimizer", self, "name", ("muonclip", "muon", "adamw"))

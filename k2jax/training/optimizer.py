@@ -3,6 +3,8 @@
 Legend: D model, Q query latent, C key-value latent, H heads, K head, V value size, V vocabulary, E experts, F hidden.
 """
 
+from functools import partial
+
 import optax
 
 from k2jax.config import GQAConfig, ModelConfig, RunConfig
@@ -28,20 +30,40 @@ MATRICES = {
     "router/w": _IN,
     **{f"{mlp}/{name}": _IN for mlp in ("mlp", "shared", "experts") for name in ("w_gate", "w_up", "w_down")},
 }
+# What optimizer.per_head puts in their place for queries, keys and values: the head axis is a batch axis. GLM-5
+# (arXiv 2602.15763) splits the up-projections of latent attention so; the output projection stays whole.
+_ONE_HEAD_OUT = MatrixSpec(reduction_axis=-3, output_axis=-1)
+
+
+def per_head_matrices(attn) -> dict[str, MatrixSpec]:
+    """MATRICES with one matrix per head, and fused weights cut: the latent from the rotary key, keys from values."""
+    heads = {name: _ONE_HEAD_OUT for name, spec in MATRICES.items() if spec is _HEADS_OUT}
+    if isinstance(attn, GQAConfig):
+        return MATRICES | heads
+    return (
+        MATRICES
+        | heads
+        | {
+            "attn/wkv_a": MatrixSpec(-2, -1, blocks=(attn.kv_lora_rank, attn.rope_dim)),
+            "attn/wkv_b": MatrixSpec(-3, -1, blocks=(attn.nope_dim, attn.v_dim)),
+        }
+    )
+
+
 BY_ADAM = {
     "embed/w", "head/w", "attn_norm/scale", "mlp_norm/scale", "final_norm/scale", "q_norm/scale", "kv_norm/scale",
 }  # fmt: skip
 BY_ANOTHER_RULE = {"router/bias"}
 
 
-def role(path: str, leaf=None):
+def role(path: str, leaf=None, matrices=MATRICES):
     """The MatrixSpec of a leaf that Muon writes, None for AdamW, EXTERNAL for the router's bias.
 
     Raises ValueError for a leaf that no rule names: a new parameter must be given one.
     """
     name = "/".join(path.split("/")[-2:])
-    if name in MATRICES:
-        return MATRICES[name]
+    if name in matrices:
+        return matrices[name]
     if name in BY_ADAM:
         return None
     if name in BY_ANOTHER_RULE:
@@ -50,9 +72,9 @@ def role(path: str, leaf=None):
 
 
 def leaf_roles(cfg: RunConfig):
-    """`role`, or under optimizer.name='adamw' the same with AdamW in Muon's place."""
+    """`role` as cfg.optimizer.per_head has it, or under optimizer.name='adamw' with AdamW in Muon's place."""
     if cfg.optimizer.name != "adamw":
-        return role
+        return partial(role, matrices=per_head_matrices(cfg.model.attn)) if cfg.optimizer.per_head else role
     return lambda path, leaf: EXTERNAL if role(path, leaf) is EXTERNAL else None
 
 

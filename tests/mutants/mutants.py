@@ -21,6 +21,9 @@ MOBA = "k2jax/kernels/moba/reference.py"
 MOBA_XLA = "k2jax/kernels/moba/xla.py"
 STREAMS = "k2jax/kernels/moba/streams.py"
 MUONCLIP = "k2jax/muonclip.py"
+QK_CLIP = "k2jax/qk_clip.py"
+NEWTON_SCHULZ = "k2jax/newton_schulz.py"
+MATRIX_SPECS = "k2jax/matrix_specs.py"
 ROUTER = "k2jax/layers/router.py"
 ROPE = "k2jax/layers/rope.py"
 DISPATCH = "k2jax/layers/dispatch.py"
@@ -35,6 +38,10 @@ GOLDEN = "tests/test_golden_deepseek_v3.py::"
 LAYERS = "tests/test_layers.py::"
 CLIPS = "tests/test_qk_clip.py::"
 MUON = "tests/test_muonclip.py::"
+LAYOUTS = "tests/test_qk_clip_layouts.py::"
+GRAM = "tests/test_gram.py::"
+BLOCKS = "tests/test_matrix_blocks.py::"
+PARITY = "tests/test_update_parity.py::"
 DATA = "tests/test_pipeline.py::"
 MIXTURE = "tests/test_mixture.py::"
 ONE_STEP = "tests/test_step.py::"
@@ -110,22 +117,22 @@ OPTIMIZER_MUTANTS = (
     Mutant(
         "the momentum has the wrong sign",
         MUONCLIP,
-        "    mu = beta * mu + grad\n",
-        "    mu = beta * mu - grad\n",
+        "mu = beta * mus[i].astype(jnp.float32) + grad",
+        "mu = beta * mus[i].astype(jnp.float32) - grad",
         f"{MUON}test_one_step_equals_optax_muon",
     ),
     Mutant(
         "a Newton-Schulz coefficient is wrong",
-        "k2jax/newton_schulz.py",
+        NEWTON_SCHULZ,
         "KELLER = (3.4445, -4.7750, 2.0315)",
         "KELLER = (3.4445, -4.7750, 2.0135)",
         f"{MUON}test_one_step_equals_optax_muon",
     ),
     Mutant(
         "the update is scaled by the short side",
-        MUONCLIP,
-        "math.sqrt(max(fan_in, fan_out))",
-        "math.sqrt(min(fan_in, fan_out))",
+        MATRIX_SPECS,
+        "math.sqrt(max(parts[0].fan_in, parts[0].fan_out))",
+        "math.sqrt(min(parts[0].fan_in, parts[0].fan_out))",
         f"{MUON}test_update_has_the_rms_of_adamw[32-96]",
     ),
     Mutant(
@@ -151,60 +158,188 @@ OPTIMIZER_MUTANTS = (
     ),
     Mutant(
         "the clip scales by gamma where it should by its root",
-        MUONCLIP,
-        "root = jnp.sqrt(gamma)",
-        "root = gamma",
+        QK_CLIP,
+        "root, gamma = jnp.sqrt(gamma)[..., None], gamma[..., None]",
+        "root, gamma = gamma[..., None], gamma[..., None]",
         f"{CLIPS}test_recomputed_mla_logits_equal_min_of_S_and_tau[rope-q-lora]",
     ),
     Mutant(
         "the rotary query is scaled as if the shared rotary key were clipped too",
-        MUONCLIP,
+        QK_CLIP,
         "jnp.where(in_nope_q, root, gamma)",
         "jnp.where(in_nope_q, root, root)",
         f"{CLIPS}test_recomputed_mla_logits_equal_min_of_S_and_tau[rope-no q-lora]",
     ),
     Mutant(
         "the shared rotary key is clipped, once for every head",
-        MUONCLIP,
-        "        return {spec.q: jnp.where(",
-        '        shared = {"wkv_a": jnp.prod(gamma)} if "wkv_a" in weights else {}\n'
-        "        return shared | {spec.q: jnp.where(",
+        QK_CLIP,
+        "_clip(u, weights[path], factors[path]) if path in factors else u",
+        '_clip(u, weights[path], factors.get(path, 0.1)) if path in factors or path == "wkv_a" else u',
         f"{CLIPS}test_values_output_and_shared_rotary_key_are_bitwise_untouched",
     ),
     Mutant(
         "values are clipped with the keys",
-        MUONCLIP,
+        QK_CLIP,
         "jnp.where(in_nope_kv, root, 1.0)",
         "jnp.where(in_nope_kv, root, root)",
         f"{CLIPS}test_values_output_and_shared_rotary_key_are_bitwise_untouched",
     ),
     Mutant(
         "a group's key is scaled by its largest gamma",
-        MUONCLIP,
-        "jnp.sqrt(jnp.min(grouped, axis=-1, keepdims=True))",
-        "jnp.sqrt(jnp.max(grouped, axis=-1, keepdims=True))",
+        QK_CLIP,
+        "jnp.sqrt(lowest)",
+        "jnp.sqrt(highest)",
         f"{CLIPS}test_gqa_scales_a_shared_key_once_and_gives_siblings_back_what_they_lose",
     ),
     Mutant(
         "the clip scales the weights before the update",
-        MUONCLIP,
+        QK_CLIP,
         "((param + update) * factor - param)",
         "(param * factor - param + update)",
         f"{CLIPS}test_clip_scales_the_updated_weights_and_leaves_momentum_alone",
     ),
     Mutant(
         "an infinite max logit clips a head to nothing",
-        MUONCLIP,
+        QK_CLIP,
         "above = jnp.isfinite(logits) & (logits > config.tau)",
         "above = logits > config.tau",
         f"{CLIPS}test_heads_not_above_tau_change_nothing_bitwise[gqa-inf]",
     ),
     Mutant(
         "max logits of micro-batches are added",
-        MUONCLIP,
+        "k2jax/max_logits.py",
         "jax.tree.map(jnp.maximum, tree_a, tree_b)",
         "jax.tree.map(jnp.add, tree_a, tree_b)",
         f"{CLIPS}test_accumulation_over_micro_batches_takes_the_maximum",
+    ),
+)
+
+NUMERICS_MUTANTS = (
+    Mutant(
+        "Nesterov's gradient is forgotten",
+        MUONCLIP,
+        "inputs.append(beta * mu + grad if nesterov else mu)",
+        "inputs.append(mu)",
+        f"{PARITY}test_steps_equal_those_of_torch[wide]",
+    ),
+    Mutant(
+        "a fit of a part of the interval is not centred on one again",
+        "k2jax/polar_express.py",
+        "2 / (_at(triple, lower) + _at(triple, upper))",
+        "1.0",
+        "tests/test_polar_express.py::test_generator_gives_the_numbers_of_modded_nanogpt",
+    ),
+    Mutant(
+        "the small entries of a Gram matrix fall below float16",
+        NEWTON_SCHULZ,
+        '_LIFT = {"float16": 64.0}',
+        "_LIFT = {}",
+        f"{GRAM}test_fast_is_the_polar_factor_where_k2_is_not",
+    ),
+    Mutant(
+        "the Gram matrix is multiplied from one side",
+        NEWTON_SCHULZ,
+        'gram = _rounded(a * half + _matmul("...ij,...jk->...ik", poly, half), x.dtype)',
+        "gram = half",
+        f"{GRAM}test_fast_is_the_polar_factor_where_k2_is_not",
+    ),
+    Mutant(
+        "the Gram matrix is never computed anew",
+        NEWTON_SCHULZ,
+        "itertools.pairwise([0, *starts, len(self.coeffs)])",
+        "itertools.pairwise([0, len(self.coeffs)])",
+        f"{GRAM}test_restarts_are_every_second_step_unless_given",
+    ),
+    Mutant(
+        "a square matrix takes the Gram form, at more work and less accuracy",
+        NEWTON_SCHULZ,
+        'ns.method == "gram" and method_flops(n, m, ns, "gram") < method_flops(n, m, ns, "standard")',
+        'ns.method == "gram"',
+        f"{GRAM}test_a_nearly_square_matrix_takes_the_standard_iteration_with_the_same_settings",
+    ),
+    Mutant(
+        "a leaf's own Newton-Schulz is ignored",
+        NEWTON_SCHULZ,
+        "ns=ns if spec.ns is None else spec.ns",
+        "ns=ns",
+        f"{BLOCKS}test_a_leaf_may_have_its_own_newton_schulz",
+    ),
+    Mutant(
+        "fused blocks are one matrix",
+        MATRIX_SPECS,
+        "itertools.groupby(spec.blocks)",
+        "itertools.groupby([sum(spec.blocks)])",
+        f"{BLOCKS}test_blocks_equal_a_loop_over_matrices[latent and rotary key]",
+    ),
+    Mutant(
+        "a block is scaled like the whole matrix",
+        MATRIX_SPECS,
+        "math.sqrt(max(s.fan_in, s.fan_out))",
+        "math.sqrt(max(shape))",
+        f"{BLOCKS}test_every_block_is_scaled_by_its_own_longer_side[latent and rotary key]",
+    ),
+    Mutant(
+        "optax's dimension numbers are read the wrong way round",
+        "k2jax/leaf_roles.py",
+        "MatrixSpec(as_axes(x.reduction_axis), as_axes(x.output_axis))",
+        "MatrixSpec(as_axes(x.output_axis), as_axes(x.reduction_axis))",
+        f"{BLOCKS}test_dimension_numbers_of_optax_are_specs",
+    ),
+    Mutant(
+        "values are cut where keys end in the other order",
+        "k2jax/training/optimizer.py",
+        "blocks=(attn.nope_dim, attn.v_dim)",
+        "blocks=(attn.v_dim, attn.nope_dim)",
+        "tests/test_optimizer_roles.py::test_per_head_cuts_queries_keys_and_values_and_nothing_else[latent]",
+    ),
+    Mutant(
+        "optax's average is taken for a heavy ball",
+        MUONCLIP,
+        "mu=_filled(ours.mu, muon.mu, 1 / (1 - beta))",
+        "mu=_filled(ours.mu, muon.mu, 1.0)",
+        f"{PARITY}test_training_goes_on_from_a_state_of_optax_and_back",
+    ),
+    Mutant(
+        "updates of float32 masters are rounded like bfloat16 gradients",
+        MUONCLIP,
+        "dtype = jnp.promote_types(grad.dtype, param.dtype)",
+        "dtype = grad.dtype",
+        "tests/test_optax_life.py::test_float32_masters_train_with_bfloat16_gradients",
+    ),
+    Mutant(
+        "the heads of a fused weight are clipped in the wrong order",
+        QK_CLIP,
+        "head[list(place.heads.places)] = np.arange(place.count)",
+        "head[list(place.heads.places)] = np.arange(place.count)[::-1]",
+        f"{LAYOUTS}test_a_fused_weight_is_clipped_as_its_parts_are[flat]",
+    ),
+    Mutant(
+        "a sibling's query grows without bound",
+        QK_CLIP,
+        "jnp.maximum(jnp.sqrt(lowest), highest / spec.max_growth)",
+        "jnp.sqrt(lowest)",
+        f"{LAYOUTS}test_growth_of_siblings_is_bounded_and_every_head_still_gets_its_own_factor[2.0-q1-0.5]",
+    ),
+    Mutant(
+        "the projection before a norm is clipped with the gain behind it",
+        QK_CLIP,
+        '("q_norm",) if spec.q_norm else ("q", "q_bias")',
+        '("q", "q_bias", "q_norm")',
+        f"{LAYOUTS}test_gains_per_head_are_clipped_in_place_of_the_projections",
+    ),
+    Mutant(
+        "the head that was clipped least is reported as the worst",
+        QK_CLIP,
+        "worst = jnp.argmin(everything)",
+        "worst = jnp.argmax(everything)",
+        f"{LAYOUTS}test_state_says_which_head_was_clipped_most",
+    ),
+    Mutant(
+        "the log-sum-exp is averaged over rows",
+        "k2jax/max_logits.py",
+        "heads_last.max(axis=tuple(range(lse.ndim - 1)))",
+        "heads_last.mean(axis=tuple(range(lse.ndim - 1)))",
+        f"{LAYOUTS}test_lse_is_above_the_max_logit_by_at_most_the_log_of_the_number_of_keys[-1]",
     ),
 )
 
@@ -866,6 +1001,7 @@ MUTANTS = (
     *MACHINE_MUTANTS,
     *ATTENTION_MUTANTS,
     *OPTIMIZER_MUTANTS,
+    *NUMERICS_MUTANTS,
     *MODEL_MUTANTS,
     *TRAINING_MUTANTS,
     *DATA_MUTANTS,
