@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from k2jax.kernels.symmetric_matmul import best, symmetric_matmul
 from k2jax.matrix_specs import LAST_TWO, MatrixSpec, from_matrices, matrix_axes, to_matrices
 from k2jax.polar_express import polar_express
 
@@ -70,9 +71,13 @@ class NS:
                 raise ValueError(f"NS.restarts must be increasing steps of {steps}, got {self.restarts}")
 
     @classmethod
-    def k2(cls, dtype: str = "bfloat16") -> "NS":
-        """Five steps with Keller Jordan's coefficients, as in Moonlight (arXiv 2502.16982, section 2)."""
-        return cls(coeffs=(KELLER,) * 5, dtype=dtype)
+    def k2(cls, dtype: str = "bfloat16", method: str = "standard") -> "NS":
+        """Five steps with Keller Jordan's coefficients, as in Moonlight (arXiv 2502.16982, section 2).
+
+        NS.k2('float16', 'gram') computes the same polynomials on the Gram matrix with one restart: on GPUs fewer
+        operations and smaller errors than the bfloat16 iteration. TPUs multiply no float16.
+        """
+        return cls((KELLER,) * 5, dtype, method, restarts=(2,) if method == "gram" else None)
 
     @classmethod
     def fast(cls, dtype: str = "float16") -> "NS":
@@ -156,11 +161,12 @@ def _normalize(x: jax.Array) -> jax.Array:
 
 
 def _step(x: jax.Array, abc: jax.Array) -> tuple[jax.Array, None]:
-    """One polynomial: x <- a x + (b A + c A A) x with A = x x^T."""
+    """One polynomial: x <- (a I + b A + c A A) x with A = x x^T."""
     a, b, c = abc
     gram = symmetric(x)
-    poly = symmetric(gram, alpha=c, beta=b, c=gram)
-    return (a * x + _matmul("...ij,...jm->...im", poly, x)).astype(x.dtype), None
+    if x.dtype == jnp.float32:  # The identity in the polynomial would cost small singular values their last digit.
+        return a * x + _product(symmetric(gram, alpha=c, beta=b, c=gram), x), None
+    return _product(symmetric(gram, alpha=c, beta=b, c=gram, gamma=a), x), None
 
 
 def _gram_segment(x: jax.Array, coeffs: jax.Array) -> tuple[jax.Array, None]:
@@ -173,48 +179,48 @@ def _gram_segment(x: jax.Array, coeffs: jax.Array) -> tuple[jax.Array, None]:
     last = len(coeffs) - 1
     product = None
     for t, (a, b, c) in enumerate(coeffs):
-        poly = symmetric(gram, alpha=c, beta=b, c=gram)
-        if product is None:
-            product = (a * jnp.eye(poly.shape[-1], dtype=jnp.float32) + poly).astype(x.dtype)
-        else:
-            product = _plus_identity(product, a, poly)
+        poly = symmetric(gram, alpha=c, beta=b, c=gram, gamma=a)
+        product = poly if product is None else _product(product, poly)
         if t < last:
-            half = _plus_identity(gram, a, poly)
-            gram = _rounded(a * half + _matmul("...ij,...jk->...ik", poly, half), x.dtype)
-    return _matmul("...ij,...jm->...im", product, x).astype(x.dtype), None
-
-
-def _plus_identity(x: jax.Array, a: jax.Array, poly: jax.Array) -> jax.Array:
-    """x (a I + poly), with the large diagonal a in float32."""
-    return _rounded(a * x + _matmul("...ij,...jk->...ik", x, poly), x.dtype)
+            gram = _product(_product(poly, gram), poly)
+    return _product(product, x), None
 
 
 def symmetric(
-    x: jax.Array, *, alpha: jax.Array | float = 1.0, beta: jax.Array | float = 0.0, c: jax.Array | None = None
+    x: jax.Array,
+    *,
+    alpha: jax.Array | float = 1.0,
+    beta: jax.Array | float = 0.0,
+    c: jax.Array | None = None,
+    gamma: jax.Array | None = None,
 ) -> jax.Array:
-    """alpha x x^T + beta c for x [..., n, m] and a symmetric c [..., n, n]: the one place of symmetric products.
+    """alpha x x^T + beta c + gamma I for x [..., n, m] and a symmetric c [..., n, n], in the dtype of x.
 
-    Accumulates in float32 and rounds once, to the dtype of x. A symmetric x gives alpha x x + beta c.
+    The one place of symmetric products: where a kernel computes half of each, it is called here. Accumulates in float32
+    and rounds once. A symmetric x gives alpha x x + beta c + gamma I.
     """
-    product = _matmul("...im,...jm->...ij", x, x)
-    product = product if c is None else beta * c.astype(jnp.float32) + alpha * product
-    return _rounded(product, x.dtype)
+    if x.ndim <= 3 and best(x) == "sm90":
+        return symmetric_matmul(x, c, alpha=alpha, beta=beta, gamma=gamma, implementation="sm90")
+    out = alpha * _matmul("...im,...jm->...ij", x, x, jnp.float32)
+    if c is not None:
+        out += beta * c.astype(jnp.float32)
+    if gamma is not None:
+        out += gamma * jnp.eye(out.shape[-1], dtype=jnp.float32)
+    # Several products take this one matrix, and their rounding errors nearly cancel. A plain cast to 16 bits and back
+    # is one that a GPU's compiler may drop, so that they would see different matrices; this one it must keep.
+    kind = jnp.finfo(x.dtype)
+    return lax.reduce_precision(out, kind.nexp, kind.nmant).astype(x.dtype)
 
 
-def _rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """float32 to `dtype`, really rounded.
-
-    Several terms of a step take the same Gram matrix, and near singular values of one their rounding errors nearly
-    cancel. reduce_precision forces the rounding; a plain cast there and back is one that a GPU compiler may drop.
-    """
-    kind = jnp.finfo(dtype)
-    return lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y, accumulated in float32 by every backend and rounded once to the dtype of x."""
+    return _matmul("...ij,...jm->...im", x, y, x.dtype)
 
 
-def _matmul(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def _matmul(subscripts: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # Without this, float32 products run as TF32 or bfloat16 on accelerators.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=dtype)
 
 
 # --- parameters --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ IMPLEMENTATIONS = {"reference": symmetric_matmul_reference, "sm90": symmetric_ma
 # Fewer rows have too few tiles for what is saved above the diagonal to count.
 SM90_MIN_ROWS = 512
 
-__all__ = ["IMPLEMENTATIONS", "SM90_MIN_ROWS", "symmetric_matmul"]
+__all__ = ["IMPLEMENTATIONS", "SM90_MIN_ROWS", "best", "symmetric_matmul"]
 
 
 def symmetric_matmul(x, c=None, *, alpha=1.0, beta=1.0, gamma=None, implementation: str | None = None):
@@ -43,10 +43,8 @@ def symmetric_matmul(x, c=None, *, alpha=1.0, beta=1.0, gamma=None, implementati
         c = None if c is None else c[None]
         return symmetric_matmul(x[None], c, alpha=alpha, beta=beta, gamma=gamma, implementation=implementation)[0]
     _check(x, c)
-    reason = _no_sm90(x)
     if implementation is None:
-        implementation = "reference" if reason else "sm90"
-        _say_once(implementation, reason or "a Hopper GPU and enough rows")
+        implementation = best(x)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: use None or one of {sorted(IMPLEMENTATIONS)}")
     if implementation == "sm90" and (reason := _not_hopper() or refusal(x)):
@@ -58,6 +56,14 @@ def symmetric_matmul(x, c=None, *, alpha=1.0, beta=1.0, gamma=None, implementati
 
     axes = mesh_axes({"x_BNM": x})
     return over_mesh(product, arrays, "BNK", {letter: axes[letter] for letter in axes if letter == "B"})
+
+
+def best(x) -> str:
+    """The implementation that None chooses for x [N, M] or [B, N, M]; logs the choice once."""
+    reason = _no_sm90(x if x.ndim == 3 else x[None])
+    implementation = "reference" if reason else "sm90"
+    _say_once(implementation, reason or "a Hopper GPU and enough rows")
+    return implementation
 
 
 def _check(x, c):
