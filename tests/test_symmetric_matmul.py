@@ -14,7 +14,6 @@ import pytest
 
 from k2jax.kernels import symmetric_matmul as room
 from k2jax.kernels.symmetric_matmul import symmetric_matmul
-from k2jax.kernels.symmetric_matmul.plain import symmetric_matmul_plain
 from k2jax.kernels.symmetric_matmul.schedule import OWN_ROWS, table
 from k2jax.kernels.symmetric_matmul.sm90 import H100_SMS, Config, refusal, symmetric_matmul_sm90
 from tests.on_devices import told_by
@@ -217,7 +216,6 @@ INTERPRETED = {
         True,
         False,
     ),
-    "plain": (symmetric_matmul_plain, {"tile": 64, "stages": 2}, (2, 128, 128), "bfloat16", True, True),
 }
 
 
@@ -234,11 +232,10 @@ def test_interpreted_kernel_is_right_in_every_bit(interpreted, name):
     assert interpreted[name] == {"wrong": 0, "race": ""}
 
 
-@pytest.mark.parametrize("config", [Config(), Config(cluster=1), Config(stages=3, buffers=4), "plain"], ids=str)
+@pytest.mark.parametrize("config", [Config(), Config(cluster=1), Config(stages=3, buffers=4)], ids=str)
 def test_kernel_lowers_for_a_gpu_without_one(config):
     """Up to the MLIR of Mosaic GPU, shared memory counted; not to machine code."""
     kernel = functools.partial(symmetric_matmul_sm90, config=config, num_sms=H100_SMS)
-    kernel = symmetric_matmul_plain if config == "plain" else kernel
     x, c = (jax.ShapeDtypeStruct((24, 2048, columns), jnp.bfloat16) for columns in (7168, 2048))
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     calls = [jax.export.DisabledSafetyCheck.custom_call(f"mosaic_gpu{suffix}") for suffix in ("", "_v2")]

@@ -23,6 +23,7 @@ STREAMS = "k2jax/kernels/moba/streams.py"
 MUONCLIP = "k2jax/muonclip.py"
 QK_CLIP = "k2jax/qk_clip.py"
 NEWTON_SCHULZ = "k2jax/newton_schulz.py"
+SYMMETRIC = "tests/test_symmetric_matmul.py::"
 MATRIX_SPECS = "k2jax/matrix_specs.py"
 ROUTER = "k2jax/layers/router.py"
 ROPE = "k2jax/layers/rope.py"
@@ -242,6 +243,27 @@ NUMERICS_MUTANTS = (
         "gram = _product(_product(poly, gram), poly)",
         "gram = _product(poly, gram)",
         f"{GRAM}test_fast_is_the_polar_factor_where_k2_is_not",
+    ),
+    Mutant(
+        "a tile's mirror image is not transposed",
+        "k2jax/kernels/symmetric_matmul/sm90.py",
+        "square_EE.transpose((1, 0))[...] = value_EE",
+        "square_EE[...] = value_EE",
+        f"{SYMMETRIC}test_interpreted_kernel_is_right_in_every_bit[two blocks share rows, an odd number of tiles]",
+    ),
+    Mutant(
+        "the identity lands on every tile of the symmetric product",
+        "k2jax/kernels/symmetric_matmul/sm90.py",
+        "gamma = jnp.where(is_diagonal, gamma, 0.0)",
+        "gamma = jnp.where(is_diagonal, gamma, gamma)",
+        f"{SYMMETRIC}test_interpreted_kernel_is_right_in_every_bit[two blocks share rows, an odd number of tiles]",
+    ),
+    Mutant(
+        "a pair of diagonal tiles is left out of the schedule",
+        "k2jax/kernels/symmetric_matmul/schedule.py",
+        "odd = [2 * q + 1 for q in range(half)]",
+        "odd = [2 * q + 1 for q in range(half - 1)]",
+        f"{SYMMETRIC}test_every_tile_of_the_lower_triangle_is_computed_once[8-2-16]",
     ),
     Mutant(
         "the Gram matrix is never computed anew",
