@@ -13,6 +13,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from k2jax.kernels.partition import on_shards
@@ -46,13 +47,15 @@ def orthogonalize_leaves(
     specs: list[MatrixSpec],
     ns: NS,
     *,
+    into: list[jax.Array] | None = None,
     shardings: list[NamedSharding] | None = None,
     max_group_bytes: int = MAX_GROUP_BYTES,
     repeat_over: tuple[str, ...] = (),
 ) -> list[jax.Array]:
     """`orthogonalize` for all leaves of one update, each with its own `NS` where its spec names one.
 
-    shardings: one for each leaf, where mesh axes are Auto. max_group_bytes, repeat_over: as in `muon_plan.group`.
+    into: arrays like the leaves whose values are not needed any more, such as their gradients: the results of a leaf that
+    goes through in chunks take the memory of a float32 one. shardings: one for each leaf, where mesh axes are Auto. max_group_bytes, repeat_over: as in `muon_plan.group`.
     """
     if not directions:
         return []
@@ -68,10 +71,24 @@ def orthogonalize_leaves(
         placements.append(place(x.shape, spec, cut, sizes))
     groups = group(placements, settings, sizes, max_group_bytes=max_group_bytes, repeat_over=repeat_over)
 
-    def local(xs):
-        return _local(xs, placements, groups)
+    spare = _spare(directions, into, groups)
 
-    return local(directions) if mesh is None else on_shards(local, directions, [s.spec for s in shardings], mesh)
+    def local(xs, spare):
+        return _local(xs, spare, placements, groups)
+
+    if mesh is None:
+        return local(directions, spare)
+    layouts = [sharding.spec for sharding in shardings]
+    return on_shards(local, (directions, spare), (layouts, {i: layouts[i] for i in spare}), layouts, mesh)
+
+
+def _spare(directions, into, groups) -> dict[int, jax.Array]:
+    """Of `into`, by leaf, what chunks can be written into as it lies."""
+    chunked = {member.leaf for found in groups if found.chunks > 1 for member in found.members}
+    kinds = {i: (jax.typeof(into[i]), jax.typeof(directions[i])) for i in chunked} if into is not None else {}
+    return {
+        i: into[i] for i, (spare, x) in kinds.items() if spare.dtype == jnp.float32 and spare.sharding == x.sharding
+    }
 
 
 def _shardings(directions: list[jax.Array]) -> list[NamedSharding] | None:
@@ -93,17 +110,16 @@ def _shardings(directions: list[jax.Array]) -> list[NamedSharding] | None:
     return [NamedSharding(mesh, PartitionSpec()) if sharding.mesh.empty else sharding for sharding in found]
 
 
-def _local(xs: list[jax.Array], placements: list[Placement], groups: list[Group]) -> list[jax.Array]:
+def _local(xs: list, spare: dict, placements: list[Placement], groups: list[Group]) -> list[jax.Array]:
     """All leaves on one device, which sees its parts of them."""
-    stacks = []
-    for x, placed in zip(xs, placements, strict=True):
-        if placed.gathered:
-            x = lax.all_gather(x, placed.gathered, axis=placed.gather_axis, tiled=True)
-        stacks.append(to_matrices(x, placed.spec))
+    stacks = [_stacks(x, placed) for x, placed in zip(xs, placements, strict=True)]
+    spare = {i: to_matrices(x, placements[i].spec) for i, x in spare.items() if not placements[i].gathered}
     results = [list(stack) for stack in stacks]
     for members in groups:
         parts = [stacks[member.leaf][member.stack] for member in members.members]
-        for member, part in zip(members.members, _orthogonalize_group(parts, members), strict=True):
+        first = members.members[0]
+        into = spare[first.leaf][first.stack] if len(parts) == 1 and first.leaf in spare else None
+        for member, part in zip(members.members, _orthogonalize_group(parts, into, members), strict=True):
             results[member.leaf][member.stack] = part
     leaves = []
     for matrices, placed in zip(results, placements, strict=True):
@@ -112,26 +128,36 @@ def _local(xs: list[jax.Array], placements: list[Placement], groups: list[Group]
     return leaves
 
 
-def _orthogonalize_group(parts: list[jax.Array], members: Group) -> list[jax.Array]:
+def _stacks(x: jax.Array, placed: Placement) -> list[jax.Array]:
+    """What a device has of a leaf's matrices."""
+    if placed.gathered:
+        x = lax.all_gather(x, placed.gathered, axis=placed.gather_axis, tiled=True)
+    return to_matrices(x, placed.spec)
+
+
+def _orthogonalize_group(parts: list[jax.Array], into: jax.Array | None, members: Group) -> list[jax.Array]:
     """The stacks of a group, [*batch, fan-in, fan-out] each: concatenated, orthogonalised, taken apart again."""
     stacked = [part.reshape(-1, *part.shape[-2:]) for part in parts]
     if len(parts) == 1:  # may be large, so it is turned chunk by chunk
-        return [_in_chunks(stacked[0], members, tall=members.members[0].tall).reshape(parts[0].shape)]
+        into = jnp.zeros(stacked[0].shape, jnp.float32) if into is None else into.reshape(stacked[0].shape)
+        return [_in_chunks(stacked[0], into, members, tall=members.members[0].tall).reshape(parts[0].shape)]
     talls = [member.tall for member in members.members]
     together = jnp.concatenate([_turned(x, tall) for x, tall in zip(stacked, talls, strict=True)])
     ends = list(itertools.accumulate(member.count for member in members.members))
-    results = jnp.split(_in_chunks(together, members, tall=False), ends[:-1])
-    return [
-        _turned(result, tall).reshape(part.shape) for result, tall, part in zip(results, talls, parts, strict=True)
-    ]
+    into = jnp.zeros(together.shape, jnp.float32)
+    results = jnp.split(_in_chunks(together, into, members, tall=False), ends[:-1])
+    return [_turned(result, tall).reshape(part.shape) for result, tall, part in zip(results, talls, parts, strict=True)]
 
 
 def _turned(x: jax.Array, tall: bool) -> jax.Array:
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-def _in_chunks(x: jax.Array, members: Group, tall: bool) -> jax.Array:
-    """A stack of pieces, so many at a time that the whole matrices of a pass stay within the group's bytes."""
+def _in_chunks(x: jax.Array, into: jax.Array, members: Group, tall: bool) -> jax.Array:
+    """A stack of pieces, so many at a time that the whole matrices of a pass stay within the group's bytes.
+
+    The chunks together overwrite all of `into`.
+    """
     count = len(x)
     if members.chunks == 1:
         padded = jnp.pad(x, ((0, members.stack - count), (0, 0), (0, 0))) if members.stack > count else x
@@ -142,9 +168,11 @@ def _in_chunks(x: jax.Array, members: Group, tall: bool) -> jax.Array:
         start = jnp.minimum(i * members.stack, count - members.stack)
         chunk = lax.dynamic_slice_in_dim(x, start, members.stack)
         result = _turned(_once_in_the_mesh(_turned(chunk, tall), members), tall)
+        # A TPU would rather lay all of the results out transposed than turn each chunk: two more copies of the leaf.
+        result = with_layout_constraint(result, Layout(major_to_minor=(0, 1, 2)))
         return lax.dynamic_update_slice_in_dim(out, result, start, axis=0)
 
-    return lax.fori_loop(0, members.chunks, one, jnp.zeros(x.shape, jnp.float32))
+    return lax.fori_loop(0, members.chunks, one, into)
 
 
 def _once_in_the_mesh(x: jax.Array, members: Group) -> jax.Array:

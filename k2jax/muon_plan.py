@@ -187,9 +187,7 @@ def _divide(key, members, sizes, max_group_bytes, repeat_over) -> Group:
         places = per_device * ways(split, sizes)
         return per_device, _moved(places, rows, columns, repeated, split, sizes), places
 
-    subsets = itertools.chain.from_iterable(
-        itertools.combinations(candidates, k) for k in range(len(candidates) + 1)
-    )
+    subsets = itertools.chain.from_iterable(itertools.combinations(candidates, k) for k in range(len(candidates) + 1))
     split = min(subsets, key=cost)
     most = max(1, max_group_bytes // (4 * n * m))
     per_device = -(-count // ways(split, sizes))

@@ -180,7 +180,9 @@ def muonclip(
     return muon if qk_clip is None else optax.chain(muon, clip_transformation(qk_clip))
 
 
-def _muon_adamw(learning_rate, beta, nesterov, weight_decay, consistent_rms, matrix_specs, orthogonalized, mu_dtype, adam):
+def _muon_adamw(
+    learning_rate, beta, nesterov, weight_decay, consistent_rms, matrix_specs, orthogonalized, mu_dtype, adam
+):
     def init(params):
         roles = leaf_roles(params, matrix_specs)
         return MuonAdamWState(
@@ -226,17 +228,17 @@ def _zeros(params: PyTree, roles: list[tuple[str, Any, Any]], kind: type, dtype:
 
 
 def _orthogonalizer(ns, shardings, max_group_bytes, repeat_over):
-    """`orthogonalize_leaves` with these settings, of (arrays, specs, paths)."""
+    """`orthogonalize_leaves` with these settings, of (arrays, specs, paths, into)."""
     given = None if shardings is None else named_leaves(shardings)
 
-    def orthogonalized(arrays, specs, paths):
+    def orthogonalized(arrays, specs, paths, into):
         mine = None
         if given is not None:
             if missing := [path for path in paths if path not in given]:
                 raise ValueError(f"shardings has no entry for {missing[0]!r}; give a tree like the parameters")
             mine = [given[path] for path in paths]
-        how = {"shardings": mine, "max_group_bytes": max_group_bytes or MAX_GROUP_BYTES, "repeat_over": repeat_over}
-        return orthogonalize_leaves(arrays, specs, ns, **how)
+        how = {"max_group_bytes": max_group_bytes or MAX_GROUP_BYTES, "repeat_over": repeat_over}
+        return orthogonalize_leaves(arrays, specs, ns, into=into, shardings=mine, **how)
 
     return orthogonalized
 
@@ -255,7 +257,8 @@ def _muon(roles, mus, beta, nesterov, consistent_rms, orthogonalized):
         inputs.append(beta * mu + grad if nesterov else mu)
         mus[i] = mu.astype(mus[i].dtype)
     specs = [roles[i][2] for i in mine]
-    results = orthogonalized(inputs, specs, [roles[i][0] for i in mine])
+    paths, grads = ([roles[i][place] for i in mine] for place in (0, 1))
+    results = orthogonalized(inputs, specs, paths, grads)
     for i, spec, direction in zip(mine, specs, results, strict=True):
         directions[i] = direction * (consistent_rms * update_scale(direction.shape, spec))
     return directions, mus

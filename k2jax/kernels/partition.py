@@ -89,11 +89,11 @@ def _highest(x, axes):
     return jax.lax.pmax(jax.lax.stop_gradient(x), axes)
 
 
-def on_shards(fn, arrays: list, specs: list[PartitionSpec], mesh=None) -> list:
-    """fn(arrays) on each device's parts, results laid out as the arrays are: for functions that use collectives.
+def on_shards(fn, arguments: tuple, in_specs: tuple, out_specs, mesh=None):
+    """fn(*arguments) on each device's parts of these trees of arrays: for functions that use collectives themselves.
 
-    mesh: the mesh of `specs` where none is set (jax.set_mesh).
+    mesh: the mesh of the PartitionSpecs where none is set (jax.set_mesh).
     """
     mesh = None if not jax.sharding.get_abstract_mesh().empty else mesh
     # check_vma is off because a result that was gathered is equal on all devices, which the check cannot know.
-    return jax.shard_map(fn, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)(arrays)
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)
