@@ -4,8 +4,9 @@
 
 Compiles ahead of time with libtpu; no chip is needed and none ran it. The leaf is float32 [4, 384, 7168, 2048] (layers,
 experts, model, hidden), its experts cut 8 ways and its model dimension 8 ways, with gradient and momentum; gradient and
-state are donated. "temporary" is what the compiler reserves on one chip beyond them. Prints a table and writes
-benchmarks/results/muon_memory.json. Ten minutes on two CPU cores, most of them for optax.
+state are donated. "temporary" is what the compiler reserves on one chip beyond them, or what it says that it would need
+where that is more than a chip has. Prints the rows and writes benchmarks/results/muon_memory.json. Two minutes on two
+CPU cores.
 """
 
 import argparse
@@ -54,7 +55,13 @@ def measure(make, shape, kind):
         start = time.perf_counter()
         out = jax.tree.map(lambda x: x.sharding, (leaf, state))
         update = jax.jit(lambda g, s, p: tx.update(g, s, p), donate_argnums=(0, 1), out_shardings=out)
-        compiled = update.lower(leaf, state, leaf).compile()
+        try:
+            compiled = update.lower(leaf, state, leaf).compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = re.search(r"HLO temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+            if needed is None:
+                raise
+            return {"temporary_gib": float(needed[1]), "refused": f"a chip has {needed[2]} GiB"}
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return {
         "temporary_gib": round(memory.temp_size_in_bytes / 2**30, 2),

@@ -54,8 +54,11 @@ def orthogonalize_leaves(
 ) -> list[jax.Array]:
     """`orthogonalize` for all leaves of one update, each with its own `NS` where its spec names one.
 
-    into: arrays like the leaves whose values are not needed any more, such as their gradients: the results of a leaf that
-    goes through in chunks take the memory of a float32 one. shardings: one for each leaf, where mesh axes are Auto. max_group_bytes, repeat_over: as in `muon_plan.group`.
+    Args beside those of `orthogonalize`:
+      into: arrays like the leaves whose values are not needed any more, such as their gradients; a leaf that goes
+        through in chunks leaves its result in the memory of a float32 one.
+      shardings: one for each leaf, where mesh axes are Auto.
+      max_group_bytes, repeat_over: as in `muon_plan.group`.
     """
     if not directions:
         return []

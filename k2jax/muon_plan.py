@@ -154,6 +154,8 @@ def group(
     pass a device works on whole matrices of as many bytes (at least one), both in float32. `repeat_over`: mesh axes too
     slow to divide work over; devices along them repeat it instead.
     """
+    if sizes and (unknown := [axis for axis in repeat_over if axis not in sizes]):
+        raise ValueError(f"repeat_over names {unknown[0]!r}, which is no axis of the mesh; it has {', '.join(sizes)}")
     found: dict[Any, list[list[Member]]] = {}
     for leaf, (placed, ns) in enumerate(zip(placements, settings, strict=True)):
         for i, part in enumerate(placed.parts()):
