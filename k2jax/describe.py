@@ -1,9 +1,11 @@
 """The table of what the optimizer does to every leaf, before a step is taken."""
 
+import math
 from typing import Any, NamedTuple
 
-from k2jax.leaf_roles import EXTERNAL, leaf_roles, table
+from k2jax.leaf_roles import EXTERNAL, leaf_roles, named_leaves, table
 from k2jax.matrix_specs import MatrixSpec, Stack, stacks
+from k2jax.muon_plan import MAX_GROUP_BYTES, Group, Placement, cuts, group, place, ways
 from k2jax.newton_schulz import K2, NS, method_flops, runs_gram
 
 PyTree = Any
@@ -14,7 +16,9 @@ class LeafPlan(NamedTuple):
 
     matrices: its matrices, equal ones together. methods: 'standard' or 'gram' for each of them.
     flops: of Newton-Schulz. bytes: what the update reads and writes besides: gradient, parameter, update, and the
-    momentum or the two moments, in float32, each read and written.
+    momentum or the two moments, in float32, each read and written. Both of the whole mesh.
+    where: 'local', or what moves over which mesh axes, in the words of `describe`. received: bytes that a device
+    receives for it. places: so many matrices could be orthogonalised in the same time; `filled` of them are there.
     """
 
     path: str
@@ -24,11 +28,51 @@ class LeafPlan(NamedTuple):
     methods: tuple[str, ...]
     flops: int
     bytes: int
+    where: str = ""
+    received: int = 0
+    places: float = 0
+    filled: int = 0
 
 
-def plan(params: PyTree, matrix_specs: PyTree, *, ns: NS = K2) -> list[LeafPlan]:
+def plan(
+    params: PyTree,
+    matrix_specs: PyTree,
+    *,
+    ns: NS = K2,
+    shardings: PyTree = None,
+    max_group_bytes: int | None = None,
+    repeat_over: tuple[str, ...] = (),
+) -> list[LeafPlan]:
     """One `LeafPlan` a leaf, in the order of `jax.tree.leaves`. Arguments and errors as in `describe`."""
-    return [_leaf_plan(path, leaf, role, ns) for path, leaf, role in leaf_roles(params, matrix_specs)]
+    roles = leaf_roles(params, matrix_specs)
+    given = {} if shardings is None else named_leaves(shardings)
+    leaves = [_leaf_plan(path, leaf, role, ns) for path, leaf, role in roles]
+    mine = [i for i, (_, _, role) in enumerate(roles) if isinstance(role, MatrixSpec)]
+    lying = [given.get(roles[i][0], getattr(roles[i][1], "sharding", None)) for i in mine]
+    mesh = next((dict(s.mesh.shape) for s in lying if hasattr(s, "mesh") and not s.mesh.empty), {})
+    placements, settings = [], []
+    for i, sharding in zip(mine, lying, strict=True):
+        _, leaf, role = roles[i]
+        placements.append(place(leaf.shape, role, cuts(getattr(sharding, "spec", ()), len(leaf.shape)), mesh))
+        settings.append(ns if role.ns is None else role.ns)
+    how = {"max_group_bytes": max_group_bytes or MAX_GROUP_BYTES, "repeat_over": repeat_over}
+    groups = group(placements, settings, mesh, **how)
+    for place_of_leaf, i in enumerate(mine):
+        leaves[i] = _spread(leaves[i], place_of_leaf, placements[place_of_leaf], groups, mesh)
+    return leaves
+
+
+def _spread(leaf: LeafPlan, index: int, placed: Placement, groups: list[Group], sizes: dict[str, int]) -> LeafPlan:
+    """The plan of a leaf with its share of its groups."""
+    shares = [(g, member.count) for g in groups for member in g.members if member.leaf == index]
+    words = list(dict.fromkeys(g.where() for g, _ in shares))
+    received = sum(g.bytes * count / g.count for g, count in shares)
+    if placed.gathered:
+        words.insert(0, f"gather blocks {','.join(placed.gathered)}")
+        received += 4 * math.prod(placed.shape) * (1 - 1 / ways(placed.gathered, sizes))
+    places = sum(g.chunks * g.stack * count / g.count for g, count in shares)
+    filled = sum(count for _, count in shares)
+    return leaf._replace(where="; ".join(words), received=round(received), places=places, filled=filled)
 
 
 def _leaf_plan(path: str, leaf: Any, role: Any, ns: NS) -> LeafPlan:
@@ -47,17 +91,37 @@ def _leaf_plan(path: str, leaf: Any, role: Any, ns: NS) -> LeafPlan:
     return LeafPlan(path, "muon", leaf.shape, matrices, methods, flops, leaf.size * (3 * leaf.dtype.itemsize + 8))
 
 
-def describe(params: PyTree, matrix_specs: PyTree, *, ns: NS = K2) -> str:
+def describe(
+    params: PyTree,
+    matrix_specs: PyTree,
+    *,
+    ns: NS = K2,
+    shardings: PyTree = None,
+    max_group_bytes: int | None = None,
+    repeat_over: tuple[str, ...] = (),
+) -> str:
     """Table of what the optimizer does to every leaf, one line a leaf and one with the totals.
 
     Columns: path, role, shape, matrices as count x (fan-in, fan-out), the form of Newton-Schulz that they take, its
-    operations in one update, and the bytes that the update reads and writes besides (see `LeafPlan`).
+    operations in one update, the bytes that the update reads and writes besides (see `LeafPlan`), where the matrices
+    are orthogonalised, the bytes that one device receives for that (but norms: 8 a matrix), and the share of the
+    devices' room that stays empty because the matrices do not divide.
 
-    `params` may be arrays or shapes (`jax.eval_shape`). Raises the same errors as `muonclip(...).init`.
+    Where: `local`, on the device that stores them; `all-to-all A`, pieces become whole matrices over mesh axis A;
+    `gather A`, every device of A gets the whole matrix; `split A`, devices along A hold the same pieces and share the
+    work; `repeat A`, they all do it; `gather blocks A`, blocks do not end where A cuts, so the axis is gathered first.
+
+    Args:
+      params: arrays or shapes (`jax.eval_shape`), with shardings if they lie on a mesh.
+      shardings: where the parameters do not tell; as for `muonclip`, as are the other arguments.
+
+    Raises the same errors as `muonclip(...).init`.
     """
-    plans = plan(params, matrix_specs, ns=ns)
+    how = {"shardings": shardings, "max_group_bytes": max_group_bytes, "repeat_over": repeat_over}
+    plans = plan(params, matrix_specs, ns=ns, **how)
     rows = [tuple(cell(leaf) for cell in _COLUMNS.values()) for leaf in plans]
-    total = LeafPlan("total", "", (), (), (), sum(leaf.flops for leaf in plans), sum(leaf.bytes for leaf in plans))
+    sums = {name: sum(getattr(leaf, name) for leaf in plans) for name in ("flops", "bytes", "received")}
+    total = LeafPlan("total", "", (), (), (), **sums)
     last = tuple(cell(total) if name in _TOTALS else "" for name, cell in _COLUMNS.items())
     return table([tuple(_COLUMNS), *rows, last])
 
@@ -70,5 +134,8 @@ _COLUMNS = {
     "method": lambda leaf: " + ".join(dict.fromkeys(leaf.methods)),
     "NS FLOPs": lambda leaf: f"{leaf.flops:.3g}" if leaf.flops or not leaf.role else "",
     "bytes": lambda leaf: f"{leaf.bytes:.3g}",
+    "where": lambda leaf: leaf.where,
+    "received": lambda leaf: f"{leaf.received:.3g}" if leaf.where or not leaf.role else "",
+    "padding": lambda leaf: f"{1 - leaf.filled / leaf.places:.0%}" if leaf.places else "",
 }
-_TOTALS = {"path", "NS FLOPs", "bytes"}
+_TOTALS = {"path", "NS FLOPs", "bytes", "received"}

@@ -18,7 +18,9 @@ from k2jax.describe import describe
 from k2jax.leaf_roles import EXTERNAL, by_ndim, leaf_roles, named_leaves
 from k2jax.matrix_specs import MatrixSpec, update_scale
 from k2jax.max_logits import accumulate_max, lse_bound, max_logits
-from k2jax.newton_schulz import K2, NS, orthogonalize, orthogonalize_leaves
+from k2jax.muon_groups import orthogonalize, orthogonalize_leaves
+from k2jax.muon_plan import MAX_GROUP_BYTES
+from k2jax.newton_schulz import K2, NS
 from k2jax.polar_express import polar_express
 from k2jax.qk_clip import Heads, MHAClip, MLAClip, QKClip, QKClipState, clip_transformation, qk_clip
 
@@ -84,12 +86,16 @@ def scale_by_muon(
     matrix_specs: PyTree = None,
     ns: NS = K2,
     mu_dtype: str = "float32",
+    shardings: PyTree = None,
+    max_group_bytes: int | None = None,
+    repeat_over: tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Muon's direction alone: momentum, orthogonalisation, scale; no learning rate, no decay.
 
     Leaves with role None pass through unchanged (combine with another rule), EXTERNAL leaves become zero.
     Arguments and errors as in `muonclip`. Source: arXiv 2507.20534, Algorithm 1, lines 3 to 5.
     """
+    orthogonalized = _orthogonalizer(ns, shardings, max_group_bytes, repeat_over)
 
     def init(params):
         return MuonState(mu=_zeros(params, leaf_roles(params, matrix_specs), MatrixSpec, mu_dtype))
@@ -98,7 +104,7 @@ def scale_by_muon(
         del params, extra_args
         treedef = jax.tree.structure(grads)
         roles = leaf_roles(grads, matrix_specs)
-        directions, mus = _muon(roles, treedef.flatten_up_to(state.mu), beta, nesterov, consistent_rms, ns)
+        directions, mus = _muon(roles, treedef.flatten_up_to(state.mu), beta, nesterov, consistent_rms, orthogonalized)
         updates = [
             direction.astype(grad.dtype) if direction is not None else grad if role is None else jnp.zeros_like(grad)
             for (_, grad, role), direction in zip(roles, directions, strict=True)
@@ -120,6 +126,9 @@ def muonclip(
     mu_dtype: str = "float32",
     adam: AdamW = AdamW(),
     qk_clip: QKClip | None = None,
+    shardings: PyTree = None,
+    max_group_bytes: int | None = None,
+    repeat_over: tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Muon with AdamW for what is no matrix, decoupled decay, update RMS of AdamW, and QK-Clip.
 
@@ -145,6 +154,12 @@ def muonclip(
       mu_dtype: name of the dtype in which the momentum is kept; the update computes in float32.
       adam: settings of the AdamW branch.
       qk_clip: which weights to clip by the `max_logits` of each update; None for a model without the clip.
+      shardings: a tree of NamedSharding like the parameters, for a mesh with Auto axes; of Explicit axes the types of
+        the gradients tell. Entries of leaves that are not Muon's are ignored.
+      max_group_bytes: bytes of whole matrices, in float32, that a device orthogonalises at once; the work space is
+        about three times as much. None for 2**29.
+      repeat_over: mesh axes, along which all devices hold the same weights, that are too slow to share the work over:
+        devices along them repeat it.
 
     Returns:
       An optax transformation. State holds arrays only, no settings: new coefficients take effect after a restore.
@@ -154,17 +169,20 @@ def muonclip(
     Raises:
       ValueError: a leaf without a rule (the message holds a `matrix_specs` to paste), a rule that does not
         fit its leaf, an unknown path, `update` without `params`, or, with `qk_clip`, without fitting
-        `max_logits`.
+        `max_logits`; a mesh with Auto axes without `shardings`.
 
     Source: Kimi K2, arXiv 2507.20534, Algorithm 1; for the AdamW leaves Moonlight, arXiv 2502.16982,
     section 2.2.
     """
-
-    muon = _muon_adamw(learning_rate, beta, nesterov, weight_decay, consistent_rms, matrix_specs, ns, mu_dtype, adam)
+    orthogonalized = _orthogonalizer(ns, shardings, max_group_bytes, repeat_over)
+    settings = (beta, nesterov, weight_decay, consistent_rms, matrix_specs, orthogonalized, mu_dtype, adam)
+    muon = _muon_adamw(learning_rate, *settings)
     return muon if qk_clip is None else optax.chain(muon, clip_transformation(qk_clip))
 
 
-def _muon_adamw(learning_rate, beta, nesterov, weight_decay, consistent_rms, matrix_specs, ns, mu_dtype, adam):
+def _muon_adamw(
+    learning_rate, beta, nesterov, weight_decay, consistent_rms, matrix_specs, orthogonalized, mu_dtype, adam
+):
     def init(params):
         roles = leaf_roles(params, matrix_specs)
         return MuonAdamWState(
@@ -184,7 +202,7 @@ def _muon_adamw(learning_rate, beta, nesterov, weight_decay, consistent_rms, mat
         flat_grads, mus, ms, vs = (treedef.flatten_up_to(tree) for tree in (grads, *state[1:]))
         leaves = leaf_roles(params, matrix_specs)
         roles = [(path, grad, role) for (path, _, role), grad in zip(leaves, flat_grads, strict=True)]
-        directions, mus = _muon(roles, mus, beta, nesterov, consistent_rms, ns)
+        directions, mus = _muon(roles, mus, beta, nesterov, consistent_rms, orthogonalized)
         updates = []
         for i, (_, param, role) in enumerate(leaves):
             grad, direction = flat_grads[i], directions[i]
@@ -209,7 +227,23 @@ def _zeros(params: PyTree, roles: list[tuple[str, Any, Any]], kind: type, dtype:
     return jax.tree.unflatten(jax.tree.structure(params), states)
 
 
-def _muon(roles, mus, beta, nesterov, consistent_rms, ns):
+def _orthogonalizer(ns, shardings, max_group_bytes, repeat_over):
+    """`orthogonalize_leaves` with these settings, of (arrays, specs, paths, into)."""
+    given = None if shardings is None else named_leaves(shardings)
+
+    def orthogonalized(arrays, specs, paths, into):
+        mine = None
+        if given is not None:
+            if missing := [path for path in paths if path not in given]:
+                raise ValueError(f"shardings has no entry for {missing[0]!r}; give a tree like the parameters")
+            mine = [given[path] for path in paths]
+        how = {"max_group_bytes": max_group_bytes or MAX_GROUP_BYTES, "repeat_over": repeat_over}
+        return orthogonalize_leaves(arrays, specs, ns, into=into, shardings=mine, **how)
+
+    return orthogonalized
+
+
+def _muon(roles, mus, beta, nesterov, consistent_rms, orthogonalized):
     """Algorithm 1, lines 3 to 5, for all leaves of (path, gradient, role): (directions, momenta).
 
     Directions are float32, and None for leaves of other roles.
@@ -223,7 +257,9 @@ def _muon(roles, mus, beta, nesterov, consistent_rms, ns):
         inputs.append(beta * mu + grad if nesterov else mu)
         mus[i] = mu.astype(mus[i].dtype)
     specs = [roles[i][2] for i in mine]
-    for i, spec, direction in zip(mine, specs, orthogonalize_leaves(inputs, specs, ns), strict=True):
+    paths, grads = ([roles[i][place] for i in mine] for place in (0, 1))
+    results = orthogonalized(inputs, specs, paths, grads)
+    for i, spec, direction in zip(mine, specs, results, strict=True):
         directions[i] = direction * (consistent_rms * update_scale(direction.shape, spec))
     return directions, mus
 

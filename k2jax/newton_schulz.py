@@ -12,10 +12,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from k2jax.kernels.symmetric_matmul import best, symmetric_matmul
-from k2jax.matrix_specs import LAST_TWO, MatrixSpec, from_matrices, matrix_axes, to_matrices
 from k2jax.polar_express import polar_express
 
 KELLER = (3.4445, -4.7750, 2.0315)
@@ -136,8 +134,21 @@ def newton_schulz(x: jax.Array, ns: NS) -> jax.Array:
     """
     tall = x.shape[-2] > x.shape[-1]  # the n x n product is cheapest on the short side
     x = jnp.swapaxes(x, -1, -2) if tall else x
+    x = finish(iterate(prepare(x, ns), ns), ns)
+    return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def prepare(x: jax.Array, ns: NS, over: tuple[str, ...] = ()) -> jax.Array:
+    """Matrices [..., n, m] as the iteration takes them: divided by their norm in float32, then in `ns.dtype`.
+
+    over: inside a shard_map, the mesh axes that cut the matrices, so that the norm is that of the whole matrix.
+    """
+    return (_normalize(x.astype(jnp.float32), over) * _LIFT.get(ns.dtype, 1.0)).astype(ns.dtype)
+
+
+def iterate(x: jax.Array, ns: NS) -> jax.Array:
+    """The steps alone, from and to `ns.dtype`, for whole matrices [..., n, m] with n <= m."""
     lift = _LIFT.get(ns.dtype, 1.0)
-    x = (_normalize(x.astype(jnp.float32)) * lift).astype(ns.dtype)
     powers = jnp.array([1.0, lift**2, lift**4], jnp.float32)
     # Scans, not unrolled loops: the temporaries of one step are reused by the next.
     if runs_gram(*x.shape[-2:], ns):
@@ -145,18 +156,24 @@ def newton_schulz(x: jax.Array, ns: NS) -> jax.Array:
             x, _ = lax.scan(_gram_segment, x, jnp.array(list(equal), jnp.float32) / powers)
     else:
         x, _ = lax.scan(_step, x, jnp.array(ns.coeffs, jnp.float32) / powers)
-    x = x.astype(jnp.float32) / lift
-    return jnp.swapaxes(x, -1, -2) if tall else x
+    return x
 
 
-def _normalize(x: jax.Array) -> jax.Array:
+def finish(x: jax.Array, ns: NS) -> jax.Array:
+    """What `iterate` returns, in float32 with singular values near one."""
+    return x.astype(jnp.float32) / _LIFT.get(ns.dtype, 1.0)
+
+
+def _normalize(x: jax.Array, over: tuple[str, ...] = ()) -> jax.Array:
     """Divides float32 matrices [..., n, m] by their Frobenius norm, without overflow or underflow."""
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    largest = lax.pmax(largest, over) if over else largest
     # The exponent bits alone are the power of two below `largest`, so this division rounds nothing.
     exponent = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
     power_of_two = lax.bitcast_convert_type(exponent, jnp.float32)
     x = x / jnp.where(power_of_two == 0, 1.0, power_of_two)
-    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+    squares = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
+    norm = jnp.sqrt(lax.psum(squares, over) if over else squares)
     return jnp.where(norm == 0, 0.0, x / jnp.where(norm == 0, 1.0, norm))
 
 
@@ -221,58 +238,3 @@ def _matmul(subscripts: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> ja
     # Without this, float32 products run as TF32 or bfloat16 on accelerators.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=dtype)
-
-
-# --- parameters --------------------------------------------------------------------------------------------
-
-
-def orthogonalize_leaves(directions: list[jax.Array], specs: list[MatrixSpec], ns: NS) -> list[jax.Array]:
-    """`orthogonalize` for all leaves of one update, each with its own `NS` where its spec names one."""
-    return [
-        orthogonalize(x, ns=ns if spec.ns is None else spec.ns, spec=spec)
-        for x, spec in zip(directions, specs, strict=True)
-    ]
-
-
-def orthogonalize(x: jax.Array, *, ns: NS = K2, spec: MatrixSpec = LAST_TWO) -> jax.Array:
-    """Orthogonalises every matrix of a parameter-shaped array.
-
-    Args:
-      x: any floating array with at least the axes that `spec` names.
-      ns: coefficients, dtype and form of the iteration.
-      spec: which axes form the matrix, and which blocks of it are matrices of their own. The others are batch axes
-        and are never flattened, so that a sharded expert axis stays sharded; with two or more of them the leading one
-        is scanned, which keeps temporaries small.
-
-    Returns:
-      Array of the same shape, float32, without any scale: singular values near one.
-
-    Raises:
-      ValueError: `spec` does not fit the shape of `x`.
-    """
-    x, given = _whole_matrices(x, spec)
-    results = [_by_leading_axis(matrices, ns) for matrices in to_matrices(x, spec)]
-    result = from_matrices(results, x.shape, spec)
-    return result if given is None else jax.reshard(result, given)
-
-
-def _by_leading_axis(matrices, ns):
-    """Newton-Schulz, for two or more batch axes over one slice of the leading one at a time."""
-    if matrices.ndim >= 4:
-        return lax.map(lambda layer: newton_schulz(layer, ns), matrices)
-    return newton_schulz(matrices, ns)
-
-
-def _whole_matrices(x, spec):
-    """x with every matrix on one device, and the layout to return to (None: nothing was cut).
-
-    On Explicit mesh axes the type tells; elsewhere the compiler sees to it.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return x, None
-    _, reduction, output = matrix_axes(x.shape, spec)
-    axes = reduction + output
-    given = jax.typeof(x).sharding.spec
-    if not any(given[axis] for axis in axes):
-        return x, None
-    return jax.reshard(x, PartitionSpec(*(None if i in axes else part for i, part in enumerate(given)))), given

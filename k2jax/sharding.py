@@ -54,6 +54,9 @@ WEIGHTS = {
     **{f"experts/{name}": ("experts", *dims) for name, dims in _MLP.items()},
 }
 
+# Axes over which weights are equal and whose links are slow: work that all of them repeat is not worth sharing.
+SLOW = ("slice",)
+
 # What a gathered weight is called among the values that a backward pass may keep: it must not.
 GATHERED = "gathered_weight"
 

@@ -11,8 +11,9 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 from k2jax.matrix_specs import MatrixSpec, from_matrices, stacks, to_matrices, update_scale
+from k2jax.muon_groups import orthogonalize, orthogonalize_leaves
 from k2jax.muonclip import NS, describe, muonclip, scale_by_muon
-from k2jax.newton_schulz import newton_schulz, orthogonalize, orthogonalize_leaves
+from k2jax.newton_schulz import newton_schulz
 
 F32 = NS.k2(dtype="float32")
 L, D, H, K, C, P, N, V = 2, 12, 3, 4, 6, 2, 5, 5

@@ -7,7 +7,8 @@ import pytest
 
 from k2jax import newton_schulz as newton_schulz_module
 from k2jax.matrix_specs import MatrixSpec, stacks
-from k2jax.newton_schulz import NS, newton_schulz, orthogonalize
+from k2jax.muon_groups import orthogonalize, orthogonalize_leaves
+from k2jax.newton_schulz import NS, newton_schulz
 
 F32 = NS.k2(dtype="float32")
 BF16 = NS.k2()
@@ -176,14 +177,15 @@ def test_stacked_parameter_equals_its_matrices_one_by_one(shape, spec):
         np.testing.assert_allclose(front(got)[index], want, rtol=0, atol=2e-6)
 
 
-def test_two_batch_axes_scan_over_the_leading_one_to_save_memory():
+def test_a_leaf_beyond_the_bytes_of_a_group_goes_through_in_chunks_to_save_memory():
     def temporary_bytes(fn):
         x = jax.ShapeDtypeStruct((8, 4, 64, 64), jnp.float32)
         return jax.jit(fn).lower(x).compile().memory_analysis().temp_size_in_bytes
 
-    scanned = temporary_bytes(lambda x: orthogonalize(x, ns=F32))
+    four = 4 * 4 * 64 * 64
+    chunks = temporary_bytes(lambda x: orthogonalize_leaves([x], [MatrixSpec()], F32, max_group_bytes=four))
     at_once = temporary_bytes(lambda x: newton_schulz(x, F32))
-    assert scanned < at_once / 2
+    assert chunks < at_once / 2
 
 
 @pytest.mark.parametrize(

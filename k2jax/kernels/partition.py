@@ -87,3 +87,13 @@ def attend_over_mesh(attend, q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset, outs
 
 def _highest(x, axes):
     return jax.lax.pmax(jax.lax.stop_gradient(x), axes)
+
+
+def on_shards(fn, arguments: tuple, in_specs: tuple, out_specs, mesh=None):
+    """fn(*arguments) on each device's parts of these trees of arrays: for functions that use collectives themselves.
+
+    mesh: the mesh of the PartitionSpecs where none is set (jax.set_mesh).
+    """
+    mesh = None if not jax.sharding.get_abstract_mesh().empty else mesh
+    # check_vma is off because a result that was gathered is equal on all devices, which the check cannot know.
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)

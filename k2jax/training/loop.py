@@ -209,7 +209,7 @@ class _Run:
         for change in self.changes:
             say(f"config changed since the last start: {change}")
         shapes = jax.eval_shape(make, key)
-        roles = describe(shapes["params"], leaf_roles(cfg))
+        roles = describe(shapes["params"], leaf_roles(cfg), repeat_over=sharding.SLOW)
         if is_first():
             (self.workdir / "parameters.txt").write_text(roles + "\n", encoding="utf-8")
         for stage in self.stages[self.stages.index(self.stage) + 1 :]:

@@ -7,6 +7,7 @@ from functools import partial
 
 import optax
 
+from k2jax import sharding
 from k2jax.config import GQAConfig, ModelConfig, RunConfig
 from k2jax.muonclip import EXTERNAL, AdamW, MatrixSpec, MHAClip, MLAClip, QKClip, muonclip
 from k2jax.newton_schulz import NS
@@ -106,6 +107,7 @@ def make_optimizer(cfg: RunConfig, rate=None) -> optax.GradientTransformationExt
         ns=NS.k2(dtype=opt.ns_dtype),
         adam=AdamW(b1=0.9, b2=0.95, eps=1e-8),
         qk_clip=QKClip(clip_specs(cfg.model), tau=opt.tau) if opt.name == "muonclip" else None,
+        repeat_over=sharding.SLOW,
     )
     clip = optax.clip_by_global_norm(opt.clip_norm) if opt.clip_norm else optax.identity()
     return optax.chain(clip, tx)

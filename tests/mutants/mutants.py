@@ -25,6 +25,8 @@ QK_CLIP = "k2jax/qk_clip.py"
 NEWTON_SCHULZ = "k2jax/newton_schulz.py"
 SYMMETRIC = "tests/test_symmetric_matmul.py::"
 MATRIX_SPECS = "k2jax/matrix_specs.py"
+MUON_GROUPS = "k2jax/muon_groups.py"
+MUON_PLAN = "k2jax/muon_plan.py"
 ROUTER = "k2jax/layers/router.py"
 ROPE = "k2jax/layers/rope.py"
 DISPATCH = "k2jax/layers/dispatch.py"
@@ -281,9 +283,9 @@ NUMERICS_MUTANTS = (
     ),
     Mutant(
         "a leaf's own Newton-Schulz is ignored",
-        NEWTON_SCHULZ,
-        "ns=ns if spec.ns is None else spec.ns",
-        "ns=ns",
+        MUON_GROUPS,
+        "[ns if spec.ns is None else spec.ns for spec in specs]",
+        "[ns for spec in specs]",
         f"{BLOCKS}test_a_leaf_may_have_its_own_newton_schulz",
     ),
     Mutant(
