@@ -119,12 +119,12 @@ def test_transpose_and_batch_equal_matrices_one_by_one():
 
 
 def products(jaxpr, times=1):
-    """(operations, dtype of the accumulator) of every dot_general, with scans counted as often as they run."""
-    found = []
+    """Operations of all dot_generals together, with scans counted as often as they run."""
+    found = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             inner = eqn.invars[0].aval.shape[eqn.params["dimension_numbers"][0][0][0]]
-            found.append((2 * times * inner * eqn.outvars[0].aval.size, eqn.outvars[0].aval.dtype))
+            found += 2 * times * inner * eqn.outvars[0].aval.size
         for value in eqn.params.values():
             inner = getattr(value, "jaxpr", None)
             if inner is not None:
@@ -140,8 +140,7 @@ def products(jaxpr, times=1):
 def test_operations_are_those_of_the_products_that_run(ns):
     n, m = 16, 56
     found = products(jax.make_jaxpr(lambda x: newton_schulz(x, ns))(jnp.zeros((n, m))).jaxpr)
-    assert sum(flops for flops, _ in found) == method_flops(n, m, ns, ns.method)
-    assert {dtype for _, dtype in found} == {jnp.dtype("float32")}
+    assert found == method_flops(n, m, ns, ns.method)
 
 
 @pytest.mark.parametrize(("ns", "units"), [(NS.k2(), 80), (NS(KELLER, "float16", "gram", (2,)), 56), (NS.fast(), 72)])
