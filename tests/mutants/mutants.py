@@ -350,7 +350,7 @@ NUMERICS_MUTANTS = (
         MATRIX_SPECS,
         "math.sqrt(max(s.fan_in, s.fan_out))",
         "math.sqrt(max(shape))",
-        f"{BLOCKS}test_every_block_is_scaled_by_its_own_longer_side[latent and rotary key]",
+        f"{BLOCKS}test_every_block_is_scaled_by_its_own_longer_side[keys and values of every head]",
     ),
     Mutant(
         "optax's dimension numbers are read the wrong way round",
