@@ -157,7 +157,7 @@ def muonclip(
       shardings: a tree of NamedSharding like the parameters, for a mesh with Auto axes; of Explicit axes the types of
         the gradients tell. Entries of leaves that are not Muon's are ignored.
       max_group_bytes: bytes of whole matrices, in float32, that a device orthogonalises at once; the work space is
-        about three times as much. None for 2**29.
+        about twice as much. None for 2**29.
       repeat_over: mesh axes, along which all devices hold the same weights, that are too slow to share the work over:
         devices along them repeat it.
 

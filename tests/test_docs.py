@@ -46,7 +46,7 @@ def anchors(path):
 
 
 # How many examples of a document run: all of the one that other people's code starts from.
-RUNNABLE = {ROOT / "docs/muonclip.md": 4, ROOT / "docs/moba.md": 1} | ({README: 1} if examples(README) else {})
+RUNNABLE = {ROOT / "docs/muonclip.md": 5, ROOT / "docs/moba.md": 1} | ({README: 1} if examples(README) else {})
 
 
 def test_every_example_of_muonclip_is_among_those_that_run():

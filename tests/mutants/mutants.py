@@ -45,6 +45,8 @@ LAYOUTS = "tests/test_qk_clip_layouts.py::"
 GRAM = "tests/test_gram.py::"
 BLOCKS = "tests/test_matrix_blocks.py::"
 PARITY = "tests/test_update_parity.py::"
+GROUPS = "tests/test_muon_groups.py::"
+ON_A_MESH = f"{GROUPS}test_many_devices_tell_what_one_tells_and_leave_the_result_where_it_was"
 DATA = "tests/test_pipeline.py::"
 MIXTURE = "tests/test_mixture.py::"
 ONE_STEP = "tests/test_step.py::"
@@ -287,6 +289,76 @@ NUMERICS_MUTANTS = (
         "[ns if spec.ns is None else spec.ns for spec in specs]",
         "[ns for spec in specs]",
         f"{BLOCKS}test_a_leaf_may_have_its_own_newton_schulz",
+    ),
+    Mutant(
+        "the way back undoes the first move first",
+        MUON_GROUPS,
+        "for side, axes in reversed(moved):",
+        "for side, axes in moved:",
+        f"{ON_A_MESH}[Explicit both]",
+    ),
+    Mutant(
+        "pieces are divided by the norm of the piece",
+        MUON_GROUPS,
+        "over=members.rows + members.columns)",
+        "over=members.rows)",
+        f"{ON_A_MESH}[Explicit columns]",
+    ),
+    Mutant(
+        "the largest entry is that of the piece",
+        NEWTON_SCHULZ,
+        "lax.pmax(largest, over) if over else largest",
+        "largest",
+        f"{ON_A_MESH}[Explicit rows]",
+    ),
+    Mutant(
+        "padding stays in the result's place",
+        MUON_GROUPS,
+        "((0, members.stack - count), (0, 0), (0, 0))",
+        "((members.stack - count, 0), (0, 0), (0, 0))",
+        f"{ON_A_MESH}[Explicit uneven]",
+    ),
+    Mutant(
+        "the last chunk is read where it would be without its earlier start",
+        MUON_GROUPS,
+        "jnp.minimum(i * members.stack, count - members.stack)",
+        "jnp.minimum(i, members.chunks - 2) * members.stack",
+        f"{ON_A_MESH}[chunks]",
+    ),
+    Mutant(
+        "devices that share a stack take the next one's slice",
+        MUON_GROUPS,
+        "lax.axis_index(axes) * size, size, axis)",
+        "(lax.axis_index(axes) + 1) * size, size, axis)",
+        f"{ON_A_MESH}[equal]",
+    ),
+    Mutant(
+        "a mesh axis that cuts blocks is taken to cut matrices",
+        MUON_PLAN,
+        "            of_blocks = cut[axis]",
+        "            of_blocks = ()",
+        f"{GROUPS}test_the_plan_of_blocks_that_a_mesh_axis_cuts",
+    ),
+    Mutant(
+        "the work is shared over an axis that is too slow for it",
+        MUON_PLAN,
+        "if axis not in repeat_over or axis not in repeated]",
+        "]",
+        f"{GROUPS}test_axes_to_repeat_over_carry_nothing",
+    ),
+    Mutant(
+        "the work is shared among as few devices as possible",
+        MUON_PLAN,
+        "return per_device, _moved(",
+        "return 0, _moved(",
+        f"{GROUPS}test_every_matrix_is_orthogonalised_once_in_the_whole_mesh[equal-1]",
+    ),
+    Mutant(
+        "what comes back is not counted among the bytes",
+        MUON_PLAN,
+        "moved += 2 * mine",
+        "moved += mine",
+        f"{GROUPS}test_the_plan_of_a_stack_that_divides",
     ),
     Mutant(
         "fused blocks are one matrix",
