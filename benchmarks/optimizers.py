@@ -91,7 +91,10 @@ def draw(sweeps: list[dict], path: Path) -> None:
         losses = [x for run in best(sweep["runs"]).values() for x in run["curve"]["loss"]]
         curves.set_ylim(min(losses) - 0.1, float(np.percentile(losses, 85)))
         curves.set(title=f"{sweep['parameters']}: best rate of each", xlabel="million tokens", ylabel="training loss")
+        tried = sorted({run["lr"] for run in sweep["runs"]})
         rates.set(title="Every rate tried", xscale="log", xlabel="learning rate", ylabel="held-out bits per byte")
+        rates.set_xticks(tried, [f"{rate:g}" for rate in tried])
+        rates.minorticks_off()
         for axes in row:
             axes.grid(color="0.9", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
