@@ -37,7 +37,6 @@ setup(
         "cuda12": ["jax[cuda12]>=0.11.2"],
         "cuda13": ["jax[cuda13]>=0.11.2"],
         "tpu": ["jax[tpu]>=0.11.2"],
-        "aot": ["libtpu>=0.0.50"],
         "data": ["pyarrow>=18"],
         "hf": ["datasets>=3.2", "tokenizers>=0.21"],
         "k2": ["splintr-rs>=0.22", "tiktoken>=0.9"],
@@ -52,7 +51,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
             "datasets>=3.2",
-            "libtpu>=0.0.50",
+            "libtpu>=0.0.50; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for TPUs, needs none
             "pyarrow>=18",
             "splintr-rs>=0.22",
             "tiktoken>=0.9",

@@ -6,7 +6,8 @@ Ours: tx.update of `muonclip` (momentum, Newton-Schulz, decay, rate) over one st
 the symmetric-product kernel and through XLA alone (what other GPUs get). Peers: optax.contrib.muon, the bare five steps
 in bfloat16 as plain jnp, torch.optim.Muon and, from FOLDER, Keller Jordan's (FOLDER/keller/keller_muon.py, the muon.py
 of his repository) and dion's (FOLDER/dion/dion). Correctness first: every form of ours against its own polynomial in
-float32. Times are medians of REPEATS; prints a table and writes benchmarks/results/muon.json.
+float32. Times are medians of REPEATS; prints a table and, with all peers and all work, writes
+benchmarks/results/muon.json. PyTorch must be there.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import optax
 from jax.sharding import AxisType, PartitionSpec
 
 from benchmarks import record
+from k2jax.kernels.symmetric_matmul.reference import symmetric_matmul_reference
 from k2jax.muonclip import NS, MatrixSpec, muonclip, orthogonalize
 
 WORK = {"experts": (24, 2048, 7168), "small": (64, 1024, 2048)}
@@ -37,7 +39,7 @@ OURS = {
 }
 TOLERANCE = {"bfloat16": 1.5e-2, "float16": 1e-2}
 REPEATS = 10
-XLA_ALONE = mock.patch("k2jax.newton_schulz.best", return_value="reference")
+XLA_ALONE = mock.patch("k2jax.kernels.symmetric_matmul._sm90_on_gpus", symmetric_matmul_reference)
 
 
 def say(text):
@@ -126,25 +128,28 @@ def torch_peers(shape, folder: Path | None) -> dict[str, float]:
     """Steps over as many parameters as the stack has matrices; what cannot be imported is said, not timed."""
     import torch
 
-    def makers():
-        yield "torch.optim.Muon", lambda params: torch.optim.Muon(params, lr=1e-3, nesterov=False)
-        if folder is None:
-            return
+    if folder is not None:
         sys.path[:0] = [str(folder / "keller"), str(folder / "dion")]
+
+    def keller(params):
         from keller_muon import SingleDeviceMuon
 
-        yield "Keller Jordan's Muon", lambda params: SingleDeviceMuon(params, lr=1e-3)
+        return SingleDeviceMuon(params, lr=1e-3)
+
+    def dion(params, **options):
         from dion import Muon
 
-        for label, options in (
-            ("quintic", {"use_polar_express": False}),
-            ("Polar Express", {}),
-            ("Polar Express, Gram", {"use_gram_newton_schulz": True}),
-        ):
-            yield f"dion's Muon, Triton, {label}", functools.partial(Muon, lr=1e-3, use_triton=True, **options)
+        return Muon(params, lr=1e-3, use_triton=True, **options)
 
+    makers = {
+        "torch.optim.Muon": lambda params: torch.optim.Muon(params, lr=1e-3, nesterov=False),
+        "Keller Jordan's Muon": keller,
+        "dion's Muon, Triton, quintic": functools.partial(dion, use_polar_express=False),
+        "dion's Muon, Triton, Polar Express": dion,
+        "dion's Muon, Triton, Polar Express, Gram": functools.partial(dion, use_gram_newton_schulz=True),
+    }
     found = {}
-    for name, make in makers():
+    for name, make in makers.items():
         try:
             params = [torch.nn.Parameter(torch.randn(shape[1:], device="cuda")) for _ in range(shape[0])]
             for param in params:
@@ -177,22 +182,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="folder with the repositories of peers")
     parser.add_argument("--work", nargs="*", choices=list(WORK), default=list(WORK))
-    parser.add_argument("--skip-peers", action="store_true", help="ours alone")
     flags = parser.parse_args(argv)
     data = {"repeats": REPEATS, "errors": errors(), "milliseconds": {}, "two_gpus": {}}
     for work in flags.work:
         shape = WORK[work]
         say(f"{work}: float32 {list(shape)}")
         times = data["milliseconds"][f"{work} {list(shape)}"] = ours(shape)
-        if not flags.skip_peers:
-            times |= jax_peers(shape)
-            times |= torch_peers(shape, flags.peers)
+        times |= jax_peers(shape)
+        times |= torch_peers(shape, flags.peers)
         for name, ms in sorted(times.items(), key=lambda item: item[1]):
             say(f"  {ms:8.2f} ms  {name}")
-        record.write("muon", "python -m benchmarks.muon --peers=FOLDER", data)  # kept if what follows fails
     if jax.device_count() > 1:
         data["two_gpus"] = on_two(WORK["experts"])
-    say(str(record.write("muon", "python -m benchmarks.muon --peers=FOLDER", data)))
+    if flags.peers and flags.work == list(WORK):
+        say(str(record.write("muon", "python -m benchmarks.muon --peers=FOLDER", data)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/optimizers.py --workdir=runs/optimizers --jobs=3
     python -m benchmarks.optimizers --workdir=runs/optimizers
 
-Reads finished sweeps (one folder for each scale), prints the held-out bits per byte of every learning rate, and writes
+Reads a finished sweep, prints the held-out bits per byte of every learning rate at each scale, and writes
 benchmarks/results/optimizers.json and docs/images/optimizers.png.
 """
 
@@ -20,25 +20,40 @@ from k2jax.config import load_config
 from k2jax.model import count_params
 from k2jax.training.metrics import read_metrics
 
+CONFIG = "configs/optimizers.py"
 PICTURE = record.ROOT / "docs" / "images" / "optimizers.png"
 NAMES = {"muonclip": "MuonClip", "muon": "Muon", "adamw": "AdamW"}
 COLORS = {"muonclip": "#1f6fb2", "muon": "#e08a1e", "adamw": "#c0392b"}
 WINDOW = 10  # steps to a point of the curves
 
 
-def read_sweep(folder: Path) -> dict:
-    """{'config': ..., 'runs': [...]}, the best first. Raises ValueError where a point is not finished."""
+def read_sweep(folder: Path) -> list[dict]:
+    """[{'scale', 'parameters', 'runs', ...}] for each scale, runs the best first.
+
+    Raises ValueError where a point is not finished.
+    """
     sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     unfinished = [point["point"] for point in sweep["points"] if point["status"] != "finished"]
     if unfinished:
         raise ValueError(f"--workdir={folder}: {unfinished[0]} is not finished; run the sweep again")
-    return {"config": sweep["config"], "runs": [_run(folder, point) for point in sweep["points"]]}
+    runs = [_run(folder, point) for point in sweep["points"]]
+    return [
+        {
+            "scale": scale,
+            "parameters": _parameters(f"{CONFIG}:scale={scale}"),
+            "share_of_adamw_tokens": share_of_tokens(mine),
+            "runs": mine,
+        }
+        for scale in dict.fromkeys(run["scale"] for run in runs)
+        if (mine := [run for run in runs if run["scale"] == scale])
+    ]
 
 
 def _run(folder, point):
     lines = read_metrics(folder / point["point"] / "metrics.jsonl")
     windows = range(0, len(lines), WINDOW)
     return {
+        "scale": "small",  # the config's default
         **point["settings"],
         "steps": point["steps"],
         "tokens": lines[-1]["tokens"],
@@ -75,9 +90,9 @@ def share_of_tokens(runs: list[dict]) -> float | None:
     return shortest / adamw["tokens"] if shortest < adamw["tokens"] else None
 
 
-def draw(sweeps: list[dict], path: Path) -> None:
-    figure = Figure(figsize=(9, 3.6 * len(sweeps)), layout="constrained", dpi=110)
-    for row, sweep in zip(figure.subplots(len(sweeps), 2, squeeze=False), sweeps, strict=True):
+def draw(scales: list[dict], path: Path) -> None:
+    figure = Figure(figsize=(9, 3.6 * len(scales)), layout="constrained", dpi=110)
+    for row, sweep in zip(figure.subplots(len(scales), 2, squeeze=False), scales, strict=True):
         curves, rates = row
         for name, run in best(sweep["runs"]).items():
             curve, label = run["curve"], f"{NAMES[name]}, rate {run['lr']:g}: {run['held_out_bits_per_byte']:.3f}"
@@ -108,30 +123,28 @@ def _devices(folder: Path) -> set[str]:
     return set(re.findall(r"^devices: (.*); peak", "\n".join(logs), re.MULTILINE))
 
 
-def _parameters(folder: Path) -> str:
-    sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    counts = count_params(load_config(sweep["config"]).model)
+def _parameters(config: str) -> str:
+    counts = count_params(load_config(config).model)
     return f"{counts.total / 1e6:.0f}M parameters, {counts.active / 1e6:.0f}M active"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, action="append", required=True, help="of a sweep; one for each scale")
+    parser.add_argument("--workdir", type=Path, required=True, help="of the sweep")
     flags = parser.parse_args(argv)
-    sweeps = [read_sweep(folder) | {"parameters": _parameters(folder)} for folder in flags.workdir]
-    for sweep in sweeps:
-        print(f"{sweep['config']}: {sweep['parameters']}")
+    scales = read_sweep(flags.workdir)
+    for sweep in scales:
+        print(f"{sweep['scale']}: {sweep['parameters']}")
         for run in sweep["runs"]:
             print(
                 f"  {NAMES[run['optimizer']]:10} rate {run['lr']:<8g}{run['steps']:>6} steps "
                 f"{run['held_out_bits_per_byte']:8.4f} bits per byte, max logit {run['max_logit']:.0f}"
             )
-        sweep["share_of_adamw_tokens"] = share_of_tokens(sweep["runs"])
     # The sweep's machine, which need not be the one that reads it.
-    trained_on = {line for folder in flags.workdir for line in _devices(folder)}
+    trained_on = "; ".join(sorted(_devices(flags.workdir)))
     command = "python -m experiments.sweep --config=configs/optimizers.py --workdir=SWEEP --jobs=3"
-    path = record.write("optimizers", command, {"hardware": "; ".join(sorted(trained_on)), "sweeps": sweeps})
-    draw(sweeps, PICTURE)
+    path = record.write("optimizers", command, {"hardware": trained_on, "scales": scales})
+    draw(scales, PICTURE)
     print(f"{path.relative_to(record.ROOT)}\n{PICTURE.relative_to(record.ROOT)}")
 
 

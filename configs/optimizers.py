@@ -27,7 +27,7 @@ SCALES = {"small": (6, 384, 6, 16, 192), "medium": (9, 512, 8, 24, 256)}
 def get_config(arg=None):
     arg = common.parse_arg(arg, optimizer="muonclip", lr=0.0, scale="small", steps=500, seed=0, data="data/bpe")
     if arg["scale"] not in SCALES:
-        raise ValueError(f"size={arg['size']!r}: use one of {sorted(SCALES)}")
+        raise ValueError(f"scale={arg['scale']!r}: use one of {sorted(SCALES)}")
     layers, dim, heads, experts, expert_dim = SCALES[arg["scale"]]
     seq_len, batch_size = 1_024, 32
     lr = arg["lr"] or (0.002 if arg["optimizer"] == "adamw" else 0.004)

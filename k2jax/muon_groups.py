@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
 
 from k2jax.kernels.partition import on_shards
 from k2jax.matrix_specs import LAST_TWO, MatrixSpec, from_matrices, to_matrices
-from k2jax.muon_plan import MAX_GROUP_BYTES, Group, Placement, cuts, group, place
+from k2jax.muon_plan import MAX_GROUP_BYTES, Group, Placement, cuts, group, on_one_mesh, place
 from k2jax.newton_schulz import K2, NS, finish, iterate, prepare
 
 
@@ -51,6 +51,7 @@ def orthogonalize_leaves(
     shardings: list[NamedSharding] | None = None,
     max_group_bytes: int = MAX_GROUP_BYTES,
     repeat_over: tuple[str, ...] = (),
+    names: list[str] | None = None,
 ) -> list[jax.Array]:
     """`orthogonalize` for all leaves of one update, each with its own `NS` where its spec names one.
 
@@ -59,19 +60,26 @@ def orthogonalize_leaves(
         through in chunks leaves its result in the memory of a float32 one.
       shardings: one for each leaf, where mesh axes are Auto.
       max_group_bytes, repeat_over: as in `muon_plan.group`.
+      names: of the leaves, for errors.
+
+    Raises:
+      ValueError: a spec or a sharding that does not fit its leaf, leaves on two meshes, or Auto axes without
+        `shardings`.
     """
     if not directions:
         return []
     settings = [ns if spec.ns is None else spec.ns for spec in specs]
-    shardings = _shardings(directions) if shardings is None else shardings
+    names = [f"leaf {i}" for i in range(len(specs))] if names is None else names
+    shardings = on_one_mesh(_shardings(directions) if shardings is None else shardings, names)
     mesh = None if shardings is None else shardings[0].mesh
     sizes = {} if mesh is None else dict(mesh.shape)
     placements = []
     for i, (x, spec) in enumerate(zip(directions, specs, strict=True)):
-        if mesh is not None and shardings[i].mesh.shape_tuple != mesh.shape_tuple:
-            raise ValueError(f"leaves lie on different meshes, {mesh} and {shardings[i].mesh}: use one")
         cut = cuts(() if mesh is None else shardings[i].spec, x.ndim)
-        placements.append(place(x.shape, spec, cut, sizes))
+        try:
+            placements.append(place(x.shape, spec, cut, sizes))
+        except ValueError as error:
+            raise ValueError(f"{names[i]!r}: {error}") from error
     groups = group(placements, settings, sizes, max_group_bytes=max_group_bytes, repeat_over=repeat_over)
 
     spare = _spare(directions, into, groups)
@@ -94,8 +102,8 @@ def _spare(directions, into, groups) -> dict[int, jax.Array]:
     }
 
 
-def _shardings(directions: list[jax.Array]) -> list[NamedSharding] | None:
-    """How the leaves lie on Explicit axes, from their types; None without a mesh, or inside a shard_map.
+def _shardings(directions: list[jax.Array]) -> list[NamedSharding | None]:
+    """How the leaves lie on Explicit axes, from their types; all None without a mesh, or inside a shard_map.
 
     Raises ValueError on Auto axes, of which a type tells nothing.
     """
@@ -108,16 +116,14 @@ def _shardings(directions: list[jax.Array]) -> list[NamedSharding] | None:
             "muonclip(shardings=jax.tree.map(lambda x: x.sharding, params)), or make the mesh with "
             "axis_types=(jax.sharding.AxisType.Explicit,) * its number of axes"
         )
-    if AxisType.Explicit not in mesh.axis_types:
-        return None
-    return [NamedSharding(mesh, PartitionSpec()) if sharding.mesh.empty else sharding for sharding in found]
+    return found if AxisType.Explicit in mesh.axis_types else [None] * len(found)
 
 
 def _local(xs: list, spare: dict, placements: list[Placement], groups: list[Group]) -> list[jax.Array]:
     """All leaves on one device, which sees its parts of them."""
     stacks = [_stacks(x, placed) for x, placed in zip(xs, placements, strict=True)]
     spare = {i: to_matrices(x, placements[i].spec) for i, x in spare.items() if not placements[i].gathered}
-    results = [list(stack) for stack in stacks]
+    results = [[matrices.astype(jnp.float32) for matrices in stack] for stack in stacks]  # for stacks of nothing
     for members in groups:
         parts = [stacks[member.leaf][member.stack] for member in members.members]
         first = members.members[0]

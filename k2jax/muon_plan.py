@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
 from k2jax.matrix_specs import MatrixSpec, Stack, cut_axis, matrix_axes, stacks
 from k2jax.newton_schulz import NS
 
@@ -117,6 +119,32 @@ def cuts(partition: Iterable[Any], ndim: int) -> tuple[tuple[str, ...], ...]:
     return (*parts, *((),) * (ndim - len(parts)))
 
 
+def on_one_mesh(shardings: list, names: list[str]) -> list[NamedSharding] | None:
+    """The shardings of leaves as they lie on one mesh; None where no leaf lies on any.
+
+    A leaf without a sharding, or on one device, is whole on every device of the others' mesh.
+    Raises ValueError for another kind of sharding and for two meshes; it names the leaves.
+    """
+    found: dict[str, NamedSharding] = {}
+    for name, sharding in zip(names, shardings, strict=True):
+        if isinstance(sharding, NamedSharding):
+            if not sharding.mesh.empty:
+                found[name] = sharding
+        elif sharding is not None and not isinstance(sharding, SingleDeviceSharding):
+            raise ValueError(f"the sharding of {name!r} is {sharding!r}; give a NamedSharding, such as its x.sharding")
+    if not found:
+        return None
+    first = next(iter(found))
+    mesh = found[first].mesh
+    for name, sharding in found.items():
+        if sharding.mesh.shape_tuple != mesh.shape_tuple:
+            raise ValueError(
+                f"{first!r} lies on a mesh of {dict(mesh.shape)} and {name!r} on one of {dict(sharding.mesh.shape)}: "
+                "put all parameters on one mesh"
+            )
+    return [found.get(name, NamedSharding(mesh, PartitionSpec())) for name in names]
+
+
 def place(
     shape: tuple[int, ...], spec: MatrixSpec, cut: tuple[tuple[str, ...], ...], sizes: Mapping[str, int]
 ) -> Placement:
@@ -124,7 +152,11 @@ def place(
 
     Blocks on an axis that is cut stay there if they are equal and each device has whole ones. Else that axis is
     gathered: devices would hold different parts of different matrices.
+    Raises ValueError for a spec that does not fit, and where mesh axes do not divide an axis that they cut.
     """
+    for axis, axes in enumerate(cut):
+        if shape[axis] % ways(axes, sizes):
+            raise ValueError(f"mesh axes {axes} do not divide axis {axis} of shape {shape} into {ways(axes, sizes)}")
     _, reduction, output = matrix_axes(shape, spec)
     stacks(shape, spec)  # raises for a spec that does not fit
     cut, axis, gathered, of_blocks = list(cut), cut_axis(shape, spec), (), ()
@@ -154,11 +186,17 @@ def group(
     pass a device works on whole matrices of as many bytes (at least one), both in float32. `repeat_over`: mesh axes too
     slow to divide work over; devices along them repeat it instead.
     """
+    if isinstance(repeat_over, str):
+        raise ValueError(f"repeat_over={repeat_over!r} is a string: give a tuple of mesh axes, ({repeat_over!r},)")
+    if max_group_bytes < 1:
+        raise ValueError(f"max_group_bytes={max_group_bytes}: must be positive")
     if sizes and (unknown := [axis for axis in repeat_over if axis not in sizes]):
         raise ValueError(f"repeat_over names {unknown[0]!r}, which is no axis of the mesh; it has {', '.join(sizes)}")
     found: dict[Any, list[list[Member]]] = {}
     for leaf, (placed, ns) in enumerate(zip(placements, settings, strict=True)):
         for i, part in enumerate(placed.parts()):
+            if not part.matrices * part.fan_in * part.fan_out:
+                continue  # a stack of nothing
             fan_in, fan_out = part.fan_in * ways(placed.cut_in, sizes), part.fan_out * ways(placed.cut_out, sizes)
             tall = fan_in > fan_out
             sides = ((fan_out, placed.cut_out), (fan_in, placed.cut_in))

@@ -134,8 +134,8 @@ def muonclip(
 
     For a matrix W with fan-in and fan-out n, m (a block of its own where `MatrixSpec.blocks` says so):
     `M <- beta M + G`, `O = NewtonSchulz(M) consistent_rms sqrt(max(n, m))`, `W <- W - lr (O + weight_decay W)`.
-    AdamW leaves get the same rate and decay, norm
-    gains, embeddings and head included.
+    AdamW leaves get the same rate and decay, norm gains, embeddings and head included. The update itself has no
+    gradient.
 
         tx = muonclip(2e-4, matrix_specs=..., qk_clip=QKClip({'attn': MHAClip(q='attn/wq', k='attn/wk')}))
         updates, state = tx.update(grads, state, params, max_logits={'attn': max_logits_LH})
@@ -237,7 +237,8 @@ def _orthogonalizer(ns, shardings, max_group_bytes, repeat_over):
             if missing := [path for path in paths if path not in given]:
                 raise ValueError(f"shardings has no entry for {missing[0]!r}; give a tree like the parameters")
             mine = [given[path] for path in paths]
-        how = {"max_group_bytes": max_group_bytes or MAX_GROUP_BYTES, "repeat_over": repeat_over}
+        most = MAX_GROUP_BYTES if max_group_bytes is None else max_group_bytes
+        how = {"max_group_bytes": most, "repeat_over": repeat_over, "names": paths}
         return orthogonalize_leaves(arrays, specs, ns, into=into, shardings=mine, **how)
 
     return orthogonalized

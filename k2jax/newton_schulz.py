@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from k2jax.kernels.symmetric_matmul import best, symmetric_matmul
+from k2jax.kernels.symmetric_matmul import symmetric_matmul
 from k2jax.polar_express import polar_express
 
 KELLER = (3.4445, -4.7750, 2.0315)
@@ -50,6 +50,10 @@ class NS:
     restarts: tuple[int, ...] | None = None
 
     def __post_init__(self):
+        # Settings are keys of the groups of equal matrices, so lists become tuples.
+        object.__setattr__(self, "coeffs", tuple(tuple(step) for step in self.coeffs))
+        if self.restarts is not None:
+            object.__setattr__(self, "restarts", tuple(self.restarts))
         if not self.coeffs or any(len(step) != 3 for step in self.coeffs):
             raise ValueError(f"NS.coeffs must hold one (a, b, c) per step, got {self.coeffs!r}")
         if self.dtype not in _DTYPES:
@@ -73,7 +77,7 @@ class NS:
         """Five steps with Keller Jordan's coefficients, as in Moonlight (arXiv 2502.16982, section 2).
 
         NS.k2('float16', 'gram') computes the same polynomials on the Gram matrix with one restart: on GPUs fewer
-        operations and smaller errors than the bfloat16 iteration. TPUs multiply no float16.
+        operations and smaller errors than the bfloat16 iteration. TPUs multiply no float16; 'gram' refuses bfloat16.
         """
         return cls((KELLER,) * 5, dtype, method, restarts=(2,) if method == "gram" else None)
 
@@ -180,10 +184,10 @@ def _normalize(x: jax.Array, over: tuple[str, ...] = ()) -> jax.Array:
 def _step(x: jax.Array, abc: jax.Array) -> tuple[jax.Array, None]:
     """One polynomial: x <- (a I + b A + c A A) x with A = x x^T."""
     a, b, c = abc
-    gram = symmetric(x)
+    gram = symmetric_matmul(x)
     if x.dtype == jnp.float32:  # The identity in the polynomial would cost small singular values their last digit.
-        return a * x + _product(symmetric(gram, alpha=c, beta=b, c=gram), x), None
-    return _product(symmetric(gram, alpha=c, beta=b, c=gram, gamma=a), x), None
+        return a * x + _product(symmetric_matmul(gram, gram, alpha=c, beta=b), x), None
+    return _product(symmetric_matmul(gram, gram, alpha=c, beta=b, gamma=a), x), None
 
 
 def _gram_segment(x: jax.Array, coeffs: jax.Array) -> tuple[jax.Array, None]:
@@ -192,49 +196,19 @@ def _gram_segment(x: jax.Array, coeffs: jax.Array) -> tuple[jax.Array, None]:
     p(x) = P x with P = a I + b R + c R R and R = x x^T, and the next Gram matrix is P R P: everything between the two
     long products is n x n.
     """
-    gram = symmetric(x)
+    gram = symmetric_matmul(x)
     last = len(coeffs) - 1
     product = None
     for t, (a, b, c) in enumerate(coeffs):
-        poly = symmetric(gram, alpha=c, beta=b, c=gram, gamma=a)
+        poly = symmetric_matmul(gram, gram, alpha=c, beta=b, gamma=a)
         product = poly if product is None else _product(product, poly)
         if t < last:
             gram = _product(_product(poly, gram), poly)
     return _product(product, x), None
 
 
-def symmetric(
-    x: jax.Array,
-    *,
-    alpha: jax.Array | float = 1.0,
-    beta: jax.Array | float = 0.0,
-    c: jax.Array | None = None,
-    gamma: jax.Array | None = None,
-) -> jax.Array:
-    """alpha x x^T + beta c + gamma I for x [..., n, m] and a symmetric c [..., n, n], in the dtype of x.
-
-    The one place of symmetric products: where a kernel computes half of each, it is called here. Accumulates in float32
-    and rounds once. A symmetric x gives alpha x x + beta c + gamma I.
-    """
-    if x.ndim <= 3 and best(x) == "sm90":
-        return symmetric_matmul(x, c, alpha=alpha, beta=beta, gamma=gamma, implementation="sm90")
-    out = alpha * _matmul("...im,...jm->...ij", x, x, jnp.float32)
-    if c is not None:
-        out += beta * c.astype(jnp.float32)
-    if gamma is not None:
-        out += gamma * jnp.eye(out.shape[-1], dtype=jnp.float32)
-    # Several products take this one matrix, and their rounding errors nearly cancel. A plain cast to 16 bits and back
-    # is one that a GPU's compiler may drop, so that they would see different matrices; this one it must keep.
-    kind = jnp.finfo(x.dtype)
-    return lax.reduce_precision(out, kind.nexp, kind.nmant).astype(x.dtype)
-
-
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
     """x y, accumulated in float32 by every backend and rounded once to the dtype of x."""
-    return _matmul("...ij,...jm->...im", x, y, x.dtype)
-
-
-def _matmul(subscripts: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # Without this, float32 products run as TF32 or bfloat16 on accelerators.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=dtype)
+    return jnp.einsum("...ij,...jm->...im", x, y, precision=precision, preferred_element_type=x.dtype)

@@ -138,8 +138,9 @@ def qk_clip(specs: Mapping[str, MLAClip | MHAClip], tau: float = 100.0) -> optax
     """QK-Clip as a transformation: the last one of a chain, after learning rate and decay.
 
     Changes the updates `u` of the named query and key weights to `clip(p + u) - p`, so that a head whose max
-    logit was S > tau would have had tau. Heads at or below tau, or with a non-finite S, change nothing, bit
-    for bit. Values, output weights and the shared rotary key are never touched; momentum is not rescaled.
+    logit was S > tau would have had tau. Heads at or below tau, or with a non-finite S, keep their logits, and
+    their weights bit for bit where no head that shares their key is clipped. Values, output weights and the
+    shared rotary key are never touched; momentum is not rescaled.
 
     Args:
       specs: one `MLAClip` or `MHAClip` per entry of the `max_logits` tree, named by its path in that tree.

@@ -2,6 +2,7 @@
 
 import io
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from k2jax.config import load_config
+from k2jax.kernels.symmetric_matmul import symmetric_matmul
 from k2jax.moba_pallas import moba_attention
-from k2jax.muonclip import NS
+from k2jax.muonclip import NS, orthogonalize
 from k2jax.newton_schulz import newton_schulz
 from k2jax.training.loop import train
 from k2jax.training.metrics import read_metrics
@@ -44,6 +46,25 @@ def test_newton_schulz_in_bfloat16_stays_within_its_bound():
     exact = newton_schulz(x, NS.k2(dtype="float32"))
     rounded = newton_schulz(x, NS.k2())
     assert float(jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)) < 1.5e-2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_symmetric_product_is_right_and_symmetric(dtype):
+    x = (jax.random.normal(jax.random.key(0), (3, 1088, 1536)) / 40).astype(dtype)
+    c = symmetric_matmul(x, implementation="reference")
+    got = jax.jit(lambda x, c: symmetric_matmul(x, c, alpha=0.5, beta=-2.0, gamma=3.0))(x, c)
+    exact = symmetric_matmul(*(a.astype(jnp.float32) for a in (x, c)), alpha=0.5, beta=-2.0, gamma=3.0)
+    error = jnp.linalg.norm(got.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    assert error < {"bfloat16": 4e-3, "float16": 5e-4}[dtype]
+    assert (got == got.swapaxes(-1, -2)).all()
+
+
+@pytest.mark.parametrize(("ns", "bound"), [(NS.k2(), 1.5e-2), (NS.k2("float16", "gram"), 1e-2), (NS.fast(), 5e-3)])
+def test_large_matrices_are_orthogonalised_within_the_bound(ns, bound):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 1024, 2048))
+    exact = jax.jit(partial(orthogonalize, ns=NS(ns.coeffs, "float32")))(x)
+    rounded = jax.jit(partial(orthogonalize, ns=ns))(x)
+    assert float(jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)) < bound
 
 
 def test_nano_learns_on_a_gpu(tmp_path):

@@ -63,7 +63,7 @@ PACKAGES = {
     "leaf_roles": {"jax", "numpy"},
     "polar_express": {"numpy"},
     "newton_schulz": {"jax", "numpy"},
-    "muon_plan": set(),
+    "muon_plan": {"jax"},
     "muon_groups": {"jax", "numpy"},
     "describe": set(),
     "max_logits": {"jax", "numpy"},

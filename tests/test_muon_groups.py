@@ -6,6 +6,7 @@ Eight simulated devices in a process of its own; the plan, which is arithmetic, 
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
@@ -14,8 +15,10 @@ from jax.sharding import PartitionSpec as P
 from k2jax.describe import plan
 from k2jax.matrix_specs import LAST_TWO, MatrixSpec
 from k2jax.muon_plan import group, place
-from k2jax.muonclip import NS, describe
+from k2jax.muonclip import NS, describe, muonclip, orthogonalize
 from tests.on_devices import told_by
+
+W, F32 = MatrixSpec(), NS.k2(dtype="float32")
 
 PROGRAM = """
 import json, re, sys
@@ -334,3 +337,41 @@ def test_large_leaves_go_alone_and_small_ones_together_up_to_the_bytes_of_a_grou
     assert [[member.leaf for member in found.members] for found in groups] == [[0, 1], [2]]
     alone = group(placed, [NS.k2()] * 3, {}, max_group_bytes=size // 2)
     assert [(found.chunks, found.per_chunk) for found in alone] == [(2, 2)] * 3
+
+
+# --- without a mesh -----------------------------------------------------------------------------------------------
+
+
+def test_shardings_of_arrays_on_one_device_are_no_mesh():
+    params = {"w": jnp.ones((3, 4, 6))}
+    tx = muonclip(0.1, matrix_specs={"w": W}, ns=F32, shardings=jax.tree.map(lambda x: x.sharding, params))
+    updates, _ = tx.update(params, tx.init(params), params)
+    plain, _ = muonclip(0.1, matrix_specs={"w": W}, ns=F32).update(params, tx.init(params), params)
+    np.testing.assert_array_equal(updates["w"], plain["w"])
+
+
+def test_another_kind_of_sharding_is_refused_with_its_leaf():
+    params = {"w": jnp.ones((4, 6))}
+    tx = muonclip(0.1, matrix_specs={"w": W}, shardings={"w": P("a")})
+    with pytest.raises(ValueError, match=r"the sharding of 'w' is P.*give a NamedSharding"):
+        tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (4, 0), (2, 0, 3)])
+def test_a_stack_of_nothing_stays_one(shape):
+    assert orthogonalize(jnp.zeros(shape), spec=W).shape == shape
+    assert "adamw" not in describe({"w": jnp.zeros(shape)}, {"w": W})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repeat_over": "slow"}, "repeat_over='slow' is a string"),
+        ({"max_group_bytes": 0}, "max_group_bytes=0: must be positive"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    params = {"w": jnp.ones((4, 6))}
+    tx = muonclip(0.1, matrix_specs={"w": W}, **settings)
+    with pytest.raises(ValueError, match=message):
+        tx.update(params, tx.init(params), params)

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from k2jax import newton_schulz as newton_schulz_module
+from k2jax.kernels import symmetric_matmul as symmetric_module
+from k2jax.kernels.symmetric_matmul import symmetric_matmul
+from k2jax.kernels.symmetric_matmul.reference import symmetric_matmul_reference
 from k2jax.matrix_specs import MatrixSpec, stacks
 from k2jax.muon_groups import orthogonalize, orthogonalize_leaves
 from k2jax.newton_schulz import NS, newton_schulz
@@ -143,7 +146,27 @@ def test_products_accumulate_in_float32(ns):
     # In 16 bits a sum of ones stops growing at 256 or 2048.
     ones = jnp.ones((2, 4096), ns.dtype)
     np.testing.assert_array_equal(newton_schulz_module._product(ones, ones.T).astype(jnp.float32), 4096.0)
-    np.testing.assert_array_equal(newton_schulz_module.symmetric(ones).astype(jnp.float32), 4096.0)
+    np.testing.assert_array_equal(symmetric_matmul(ones).astype(jnp.float32), 4096.0)
+
+
+@pytest.mark.parametrize("ns", [BF16, NS.k2("float16", "gram")], ids=["standard", "Gram"])
+def test_the_symmetric_kernel_takes_every_symmetric_product_where_it_is_chosen(monkeypatch, ns):
+    taken = []
+
+    def kernel(x, c, alpha, beta, gamma):
+        taken.append((x.shape, c is None))
+        return symmetric_matmul_reference(x, c, alpha, beta, gamma)
+
+    monkeypatch.setattr(symmetric_module, "_not_hopper", lambda: None)
+    monkeypatch.setattr(symmetric_module, "SM90_MIN_ROWS", 128)
+    monkeypatch.setattr(symmetric_module, "_sm90_on_gpus", kernel)
+    x = np.stack([matrix("gauss"), matrix("log3")])
+    got = newton_schulz(jnp.asarray(x), ns)
+    for i, bound in enumerate((1.3e-2, 0.08)):
+        assert relative_error(got[i], oracle(x[i], ns)) <= bound
+    # Traced once in a loop over equal steps: X X^T and the polynomial of each; the Gram form has two kinds of segments.
+    assert taken.count(((2, 256, 896), True)) == (2 if ns.method == "gram" else 1)
+    assert taken.count(((2, 256, 256), False)) == (5 if ns.method == "gram" else 1)
 
 
 @pytest.mark.parametrize(

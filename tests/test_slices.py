@@ -5,6 +5,7 @@ import pytest
 from tests.on_devices import told_in
 
 pytestmark = pytest.mark.check
+pytest.importorskip("libtpu", reason="it exists for Linux on x86-64 alone")
 
 # Without these, libtpu asks a metadata server which machine this is.
 NO_TPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -41,7 +42,6 @@ with jax.set_mesh(mesh):
 # Between slices the compiler sends and receives over the hosts' network, within one it uses collectives.
 told["between"] = len(re.findall(r" send\\(", compiled.as_text()))
 told["within"] = len(re.findall(r" all-gather(?:-start)?\\(", compiled.as_text()))
-told["bytes"] = compiled.memory_analysis().temp_size_in_bytes
 print(json.dumps(told))
 """
 
@@ -52,4 +52,3 @@ def test_two_slices_lie_on_the_slice_axis_and_a_train_step_compiles_for_them():
     assert "mesh.slice=4: the devices form 2 slices" in told["refused"]
     # Weights are gathered within a slice; gradients and a few sums cross, and there are fewer of those.
     assert 0 < told["between"] < told["within"]
-    assert told["bytes"] > 0

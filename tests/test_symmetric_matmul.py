@@ -79,7 +79,7 @@ def test_none_says_once_what_it_chose_and_why(caplog):
 @pytest.mark.parametrize(
     ("x", "c", "implementation", "message"),
     [
-        ((6,), None, None, r"x.shape=\(6,\) must be"),
+        ((6,), None, None, r"x.shape=\(6,\) must be \(\.\.\., rows, columns\)"),
         ((2, 6, 4), (2, 6, 4), None, r"c.shape=\(2, 6, 4\) must be \(2, 6, 6\)"),
         ((2, 6, 4), None, "cublas", r"use None or one of \['reference', 'sm90'\]"),
         ((1, 512, 64), None, "sm90", "it needs a Hopper GPU"),
@@ -230,6 +230,19 @@ def interpreted():
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_kernel_is_right_in_every_bit(interpreted, name):
     assert interpreted[name] == {"wrong": 0, "race": ""}
+
+
+@pytest.mark.parametrize(("platform", "has_kernel"), [("cuda", True), ("cpu", False)])
+def test_what_none_chose_on_a_hopper_gpu_is_no_kernel_in_a_program_for_another_platform(
+    monkeypatch, platform, has_kernel
+):
+    monkeypatch.setattr(room, "_not_hopper", lambda: None)
+    monkeypatch.setattr(room, "symmetric_matmul_sm90", functools.partial(symmetric_matmul_sm90, num_sms=H100_SMS))
+    x, c = (jax.ShapeDtypeStruct((2, 1024, columns), jnp.bfloat16) for columns in (2048, 1024))
+    calls = [jax.export.DisabledSafetyCheck.custom_call(f"mosaic_gpu{suffix}") for suffix in ("", "_v2")]
+    call = jax.jit(lambda x, c, beta: symmetric_matmul(x, c, alpha=2.0, beta=beta))
+    module = jax.export.export(call, platforms=[platform], disabled_checks=calls)(x, c, jnp.float32(1)).mlir_module()
+    assert ("mosaic_gpu" in module) == has_kernel
 
 
 @pytest.mark.parametrize("config", [Config(), Config(cluster=1), Config(stages=3, buffers=4)], ids=str)

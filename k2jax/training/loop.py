@@ -26,7 +26,7 @@ from k2jax.training.errors import Interrupted, NonFiniteError, RunError, SetupEr
 from k2jax.training.evaluate import write_sample, write_selections
 from k2jax.training.hardware import peak_flops_per_device
 from k2jax.training.metrics import ARRAY_FIELDS, MetricsLog, NoLog, SpikeDetector
-from k2jax.training.optimizer import leaf_roles
+from k2jax.training.optimizer import leaf_roles, newton_schulz
 from k2jax.training.processes import Agreement, ending_together, is_first
 from k2jax.training.progress import Progress, clock
 from k2jax.training.schedules import by_step
@@ -209,7 +209,7 @@ class _Run:
         for change in self.changes:
             say(f"config changed since the last start: {change}")
         shapes = jax.eval_shape(make, key)
-        roles = describe(shapes["params"], leaf_roles(cfg), repeat_over=sharding.SLOW)
+        roles = describe(shapes["params"], leaf_roles(cfg), ns=newton_schulz(cfg), repeat_over=sharding.SLOW)
         if is_first():
             (self.workdir / "parameters.txt").write_text(roles + "\n", encoding="utf-8")
         for stage in self.stages[self.stages.index(self.stage) + 1 :]:

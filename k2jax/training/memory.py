@@ -26,6 +26,7 @@ from jax.extend.core import Literal
 from k2jax import sharding
 from k2jax.config import MeshConfig, RunConfig
 from k2jax.model import init_params, token_logprobs
+from k2jax.muon_plan import MAX_GROUP_BYTES
 from k2jax.training.errors import SetupError
 from k2jax.training.optimizer import make_optimizer
 from k2jax.training.step import init_state
@@ -131,8 +132,8 @@ def predict_memory(cfg: RunConfig, sizes: dict[str, int] | None = None) -> Memor
                   the layer's gathered weights and their gradients; of the largest layer
         loss      three times the float32 logits of train.loss_chunk tokens
         backward  gradients (twice with micro-batches: the sum and the latest) + kept + max(layer, loss)
-        update    gradients, and Newton-Schulz: four times the largest leaf in float32; parameters and optimizer state
-                  are written in their place
+        update    gradients, and Newton-Schulz: four times the largest leaf in float32, or of what goes through it at
+                  once (`muon_plan.MAX_GROUP_BYTES`); parameters and optimizer state are written in their place
         activations = max(backward, update) - gradients
 
     Raises ValueError, as a RunConfig does, for sizes that do not divide the model or the batch.
@@ -150,7 +151,7 @@ def predict_memory(cfg: RunConfig, sizes: dict[str, int] | None = None) -> Memor
     chunk = min(cfg.train.loss_chunk, cfg.data.seq_len) / cfg.mesh.seq
     loss = 3 * 4 * rows * chunk * cfg.model.vocab_size / cfg.mesh.tensor
     sums = 2 if cfg.train.accumulation > 1 else 1
-    largest = max(map(bytes_per_device, jax.tree.leaves(state["params"])))
+    largest = min(MAX_GROUP_BYTES, max(map(bytes_per_device, jax.tree.leaves(state["params"]))))
     backward = sums * parameters + kept + max(layer, loss)
     update = parameters + 4 * largest
     return Memory(

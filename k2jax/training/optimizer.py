@@ -79,6 +79,11 @@ def leaf_roles(cfg: RunConfig):
     return lambda path, leaf: EXTERNAL if role(path, leaf) is EXTERNAL else None
 
 
+def newton_schulz(cfg: RunConfig) -> NS:
+    """K2's five steps in the dtype that the config names."""
+    return NS.k2(dtype=cfg.optimizer.ns_dtype)
+
+
 def clip_specs(cfg: ModelConfig):
     """Where QK-Clip finds the query and key weights of each group of layers, keyed as Aux.max_logits is."""
     groups = [g for g, n in (("dense", cfg.num_dense_layers), ("moe", cfg.num_moe_layers)) if n]
@@ -104,7 +109,7 @@ def make_optimizer(cfg: RunConfig, rate=None) -> optax.GradientTransformationExt
         nesterov=opt.nesterov,
         weight_decay=opt.weight_decay,
         matrix_specs=leaf_roles(cfg),
-        ns=NS.k2(dtype=opt.ns_dtype),
+        ns=newton_schulz(cfg),
         adam=AdamW(b1=0.9, b2=0.95, eps=1e-8),
         qk_clip=QKClip(clip_specs(cfg.model), tau=opt.tau) if opt.name == "muonclip" else None,
         repeat_over=sharding.SLOW,

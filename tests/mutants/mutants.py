@@ -263,6 +263,14 @@ NUMERICS_MUTANTS = (
         f"{SYMMETRIC}test_interpreted_kernel_is_right_in_every_bit[two blocks share rows, an odd number of tiles]",
     ),
     Mutant(
+        "the polynomial's coefficients change places",
+        NEWTON_SCHULZ,
+        "return _product(symmetric_matmul(gram, gram, alpha=c, beta=b, gamma=a), x), None",
+        "return _product(symmetric_matmul(gram, gram, alpha=b, beta=c, gamma=a), x), None",
+        "tests/test_newton_schulz.py::"
+        "test_the_symmetric_kernel_takes_every_symmetric_product_where_it_is_chosen[standard]",
+    ),
+    Mutant(
         "a pair of diagonal tiles is left out of the schedule",
         "k2jax/kernels/symmetric_matmul/schedule.py",
         "odd = [2 * q + 1 for q in range(half)]",

@@ -14,73 +14,80 @@ from k2jax.kernels.symmetric_matmul.sm90 import refusal, symmetric_matmul_sm90
 
 IMPLEMENTATIONS = {"reference": symmetric_matmul_reference, "sm90": symmetric_matmul_sm90}
 
-# The fewest rows at which it was measured to win (benchmarks/results/symmetric_matmul.json: 1.24x to 1.38x).
+# The fewest rows at which it was measured to win (benchmarks/results/symmetric_matmul.json: 1.24x and 1.37x).
 SM90_MIN_ROWS = 1024
 
-__all__ = ["IMPLEMENTATIONS", "SM90_MIN_ROWS", "best", "symmetric_matmul"]
+__all__ = ["IMPLEMENTATIONS", "SM90_MIN_ROWS", "symmetric_matmul"]
 
 
 def symmetric_matmul(x, c=None, *, alpha=1.0, beta=1.0, gamma=None, implementation: str | None = None):
     """alpha x x^T + beta c + gamma I, accumulated in float32 and rounded once.
 
     Args:
-      x: [B, N, M] or [N, M]. On a mesh only B may be cut: the matrices are gathered whole.
-      c: symmetric matrices [B, N, N] or [N, N] in x's type, or None. For a polynomial b A + c A A of symmetric A, x and
-        c are both A. Where c is not symmetric, the result depends on the implementation.
+      x: [..., N, M]. On a mesh, of [B, N, M] only B may be cut: the matrices are gathered whole.
+      c: symmetric matrices [..., N, N] in x's type, or None. For a polynomial b A + c A A of symmetric A, x and c are
+        both A. Where c is not symmetric, the result depends on the implementation.
       alpha, beta, gamma: numbers or float32 scalars, may be traced. gamma None adds no identity.
       implementation: 'reference' (the whole product, everywhere), 'sm90' (the lower triangle, on Hopper GPUs; its
-        result equals its transpose bit for bit), or None, which chooses and logs the choice once.
+        result equals its transpose bit for bit), or None, which chooses and logs the choice once. Its 'sm90' is part of
+        a program for GPUs alone: lowered for another platform, the same call is the reference.
 
     Returns:
-      [B, N, N] or [N, N] in x's type. It has no gradient under 'sm90': an optimizer's update needs none.
+      [..., N, N] in x's type. It has no gradient under 'sm90': an optimizer's update needs none.
 
     Raises:
       ValueError: shapes or types that do not fit together, an unknown implementation, or one that cannot do this.
 
     Source: Newton-Schulz with symmetric products as in gram-newton-schulz (Dao-AILab) and QuACK's symmetric GEMM.
     """
+    _check(x, c)
     if x.ndim == 2:
         c = None if c is None else c[None]
         return symmetric_matmul(x[None], c, alpha=alpha, beta=beta, gamma=gamma, implementation=implementation)[0]
-    _check(x, c)
-    if implementation is None:
-        implementation = best(x)
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r}: use None or one of {sorted(IMPLEMENTATIONS)}")
-    if implementation == "sm90" and (reason := _not_hopper() or refusal(x)):
+    if implementation == "sm90" and (reason := _not_hopper() or _unfit(x)):
         raise ValueError(f"implementation='sm90' cannot run: {reason}")
+    run = IMPLEMENTATIONS[implementation] if implementation else _best(x)
+    if x.ndim > 3:
+        return run(x, c, alpha, beta, gamma)
     arrays = {"x_BNM": x} if c is None else {"x_BNM": x, "c_BNK": c}
 
     def product(x_BNM, c_BNK=None):
-        return IMPLEMENTATIONS[implementation](x_BNM, c_BNK, alpha, beta, gamma)
+        return run(x_BNM, c_BNK, alpha, beta, gamma)
 
     axes = mesh_axes({"x_BNM": x})
     return over_mesh(product, arrays, "BNK", {letter: axes[letter] for letter in axes if letter == "B"})
 
 
-def best(x) -> str:
-    """The implementation that None chooses for x [N, M] or [B, N, M]; logs the choice once."""
-    reason = _no_sm90(x if x.ndim == 3 else x[None])
-    implementation = "reference" if reason else "sm90"
-    _say_once(implementation, reason or "a Hopper GPU and enough rows")
-    return implementation
-
-
 def _check(x, c):
-    if x.ndim != 3:
-        raise ValueError(f"x.shape={x.shape} must be (batch, rows, columns) or (rows, columns)")
-    n = x.shape[1]
-    if c is not None and c.shape != (x.shape[0], n, n):
-        raise ValueError(f"c.shape={c.shape} must be {(x.shape[0], n, n)}: one square per matrix of x")
+    if x.ndim < 2:
+        raise ValueError(f"x.shape={x.shape} must be (..., rows, columns)")
+    square = (*x.shape[:-1], x.shape[-2])
+    if c is not None and c.shape != square:
+        raise ValueError(f"c.shape={c.shape} must be {square}: one square per matrix of x")
     if c is not None and c.dtype != x.dtype:
         raise ValueError(f"c is {c.dtype} and x is {x.dtype}: both must have one type")
 
 
-def _no_sm90(x):
-    """Why 'sm90' is not chosen for x, or None."""
-    if reason := _not_hopper() or refusal(x):
-        return reason
-    return f"x has {x.shape[1]} rows, fewer than {SM90_MIN_ROWS}" if x.shape[1] < SM90_MIN_ROWS else None
+def _best(x):
+    """What None runs for x; says so once."""
+    reason = _not_hopper() or _unfit(x)
+    if reason is None and x.shape[-2] < SM90_MIN_ROWS:
+        reason = f"x has {x.shape[-2]} rows, fewer than {SM90_MIN_ROWS}"
+    _say_once("reference" if reason else "sm90", reason or "a Hopper GPU and enough rows")
+    return symmetric_matmul_reference if reason else _sm90_on_gpus
+
+
+def _sm90_on_gpus(x_BNM, c_BNN, alpha, beta, gamma):
+    # The default device is a Hopper GPU, but this program may be one for the host's CPU or for a pod elsewhere.
+    return jax.lax.platform_dependent(
+        x_BNM, c_BNN, alpha, beta, gamma, cuda=symmetric_matmul_sm90, default=symmetric_matmul_reference
+    )
+
+
+def _unfit(x):
+    return "it takes at most one batch axis" if x.ndim > 3 else refusal(x)
 
 
 @functools.cache

@@ -1,17 +1,20 @@
-"""The definition: the whole product. Legend: B batch, N rows (twice: rows and columns of the result), M columns."""
+"""The definition: the whole product. Legend: ... batch axes, N rows (and columns of the result), M columns."""
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 
 
-def symmetric_matmul_reference(x_BNM, c_BNN, alpha, beta, gamma):
-    """alpha x x^T + beta c + gamma I, twice the work that its symmetry needs."""
+def symmetric_matmul_reference(x, c, alpha, beta, gamma):
+    """alpha x x^T + beta c + gamma I for x [..., N, M]: twice the work that its symmetry needs."""
     # Without this, float32 products run as TF32 or bfloat16 on accelerators.
-    precision = jax.lax.Precision.HIGHEST if x_BNM.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    product = jnp.einsum("BNM,BKM->BNK", x_BNM, x_BNM, precision=precision, preferred_element_type=jnp.float32)
-    out_BNN = alpha * product
-    if c_BNN is not None:
-        out_BNN += beta * c_BNN.astype(jnp.float32)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    product = jnp.einsum("...nm,...km->...nk", x, x, precision=precision, preferred_element_type=jnp.float32)
+    out = alpha * product
+    if c is not None:
+        out += beta * c.astype(jnp.float32)
     if gamma is not None:
-        out_BNN += gamma * jnp.eye(x_BNM.shape[1], dtype=jnp.float32)
-    return out_BNN.astype(x_BNM.dtype)
+        out += gamma * jnp.eye(x.shape[-2], dtype=jnp.float32)
+    # Several products may take the result, and what their rounding errors have in common cancels. A plain cast to 16
+    # bits and back is one that a GPU's compiler may drop, so that they would see different matrices; not this one.
+    kind = jnp.finfo(x.dtype)
+    return lax.reduce_precision(out, kind.nexp, kind.nmant).astype(x.dtype)
