@@ -43,7 +43,7 @@ def test_parameters_optimizer_and_batch_are_counted_by_hand():
     )
     bias = shapes["params"]["moe"]["moe"]["router"]["bias"].size
     assert told.parameters == told.gradients == 4 * count
-    assert told.optimizer == 4 * (count - bias + by_adam) + 12  # and three scalars: steps, two of QK-Clip
+    assert told.optimizer == 4 * (count - bias + by_adam) + 24  # and six scalars: steps, five of QK-Clip
     assert told.batch == 4 * 4 * 8 * 32
 
 

@@ -69,7 +69,7 @@ def test_coefficients_may_be_traced_through_a_scan():
 def test_none_says_once_what_it_chose_and_why(caplog):
     room._say_once.cache_clear()
     x, _ = case(1, 6, 4)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="k2jax"):
         symmetric_matmul(x)
         symmetric_matmul(x)
     (said,) = [record.getMessage() for record in caplog.records if "symmetric_matmul" in record.getMessage()]
