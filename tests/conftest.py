@@ -1,7 +1,10 @@
-"""Shared by all tests: the time each file takes, printed against its budget."""
+"""Shared by all tests: the time each file takes, printed against its budget, and an end to the slow ones."""
 
 import os
+import time
 from collections import defaultdict
+
+import pytest
 
 # A test compiles what it tests, and leaves nothing in the user's cache; who tests the cache switches it on.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
@@ -30,6 +33,13 @@ BUDGET = defaultdict(lambda: 40.0) | {
 }
 
 _seconds = defaultdict(float)
+
+
+def pytest_runtest_setup(item):
+    """Where CHECK_UNTIL says so (seconds since 1970), no slow test starts any more: CI has an end, machines differ."""
+    until = os.environ.get("CHECK_UNTIL")
+    if until and item.get_closest_marker("check") and time.time() > float(until):
+        pytest.skip("not started: CHECK_UNTIL has passed")
 
 
 def pytest_runtest_logreport(report):
