@@ -5,7 +5,8 @@
 
 Trains with the command of the config, traces two steps near the end, and writes benchmarks/results/NAME.json: loss,
 tokens a second, MFU (active weights with the head, the causal half of attention, no recomputation, against the data
-sheet's 989 TFLOP/s), peak memory, and where the time of a step goes. A finished folder is read, not trained again.
+sheet's 989 TFLOP/s), peak memory, and where the time of a step goes. --read takes a folder as it is, also
+one whose run was stopped.
 """
 
 import argparse

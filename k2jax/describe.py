@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from k2jax.leaf_roles import EXTERNAL, leaf_roles, named_leaves, table
 from k2jax.matrix_specs import MatrixSpec, Stack, stacks
-from k2jax.muon_plan import MAX_GROUP_BYTES, Group, Placement, cuts, group, on_one_mesh, place, ways
+from k2jax.muon_plan import MAX_GROUP_BYTES, Group, Placement, group, place_all, ways
 from k2jax.newton_schulz import K2, NS, method_flops, runs_gram
 
 PyTree = Any
@@ -50,16 +50,9 @@ def plan(
     mine = [i for i, (_, _, role) in enumerate(roles) if isinstance(role, MatrixSpec)]
     names = [roles[i][0] for i in mine]
     lying = [given.get(roles[i][0], getattr(roles[i][1], "sharding", None)) for i in mine]
-    lying = on_one_mesh(lying, names)
-    mesh = {} if lying is None else dict(lying[0].mesh.shape)
-    placements, settings = [], []
-    for k, i in enumerate(mine):
-        path, leaf, role = roles[i]
-        try:
-            placements.append(place(leaf.shape, role, cuts(lying[k].spec if lying else (), len(leaf.shape)), mesh))
-        except ValueError as error:
-            raise ValueError(f"{path!r}: {error}") from error
-        settings.append(ns if role.ns is None else role.ns)
+    specs = [roles[i][2] for i in mine]
+    placements, _, mesh = place_all([roles[i][1].shape for i in mine], specs, lying, names)
+    settings = [ns if spec.ns is None else spec.ns for spec in specs]
     how = {"max_group_bytes": MAX_GROUP_BYTES if max_group_bytes is None else max_group_bytes}
     how |= {"repeat_over": repeat_over}
     groups = group(placements, settings, mesh, **how)

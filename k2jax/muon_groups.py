@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from k2jax.kernels.partition import on_shards
 from k2jax.matrix_specs import LAST_TWO, MatrixSpec, from_matrices, to_matrices
-from k2jax.muon_plan import MAX_GROUP_BYTES, Group, Placement, cuts, group, on_one_mesh, place
+from k2jax.muon_plan import MAX_GROUP_BYTES, Group, Placement, group, place_all
 from k2jax.newton_schulz import K2, NS, finish, iterate, prepare
 
 
@@ -70,16 +70,8 @@ def orthogonalize_leaves(
         return []
     settings = [ns if spec.ns is None else spec.ns for spec in specs]
     names = [f"leaf {i}" for i in range(len(specs))] if names is None else names
-    shardings = on_one_mesh(_shardings(directions) if shardings is None else shardings, names)
-    mesh = None if shardings is None else shardings[0].mesh
-    sizes = {} if mesh is None else dict(mesh.shape)
-    placements = []
-    for i, (x, spec) in enumerate(zip(directions, specs, strict=True)):
-        cut = cuts(() if mesh is None else shardings[i].spec, x.ndim)
-        try:
-            placements.append(place(x.shape, spec, cut, sizes))
-        except ValueError as error:
-            raise ValueError(f"{names[i]!r}: {error}") from error
+    shardings = _shardings(directions) if shardings is None else shardings
+    placements, shardings, sizes = place_all([x.shape for x in directions], specs, shardings, names)
     groups = group(placements, settings, sizes, max_group_bytes=max_group_bytes, repeat_over=repeat_over)
 
     spare = _spare(directions, into, groups)
@@ -87,10 +79,10 @@ def orthogonalize_leaves(
     def local(xs, spare):
         return _local(xs, spare, placements, groups)
 
-    if mesh is None:
+    if shardings is None:
         return local(directions, spare)
     layouts = [sharding.spec for sharding in shardings]
-    return on_shards(local, (directions, spare), (layouts, {i: layouts[i] for i in spare}), layouts, mesh)
+    return on_shards(local, (directions, spare), (layouts, {i: layouts[i] for i in spare}), layouts, shardings[0].mesh)
 
 
 def _spare(directions, into, groups) -> dict[int, jax.Array]:

@@ -172,6 +172,24 @@ def place(
     return Placement(local, spec, axis, gathered, *merged, frozenset(itertools.chain(*cut)))
 
 
+def place_all(
+    shapes: list[tuple[int, ...]], specs: list[MatrixSpec], shardings: list, names: list[str]
+) -> tuple[list[Placement], list[NamedSharding] | None, dict[str, int]]:
+    """(placements, shardings on their one mesh or None, sizes of its axes) of leaves that lie as `shardings` say.
+
+    Raises ValueError as `on_one_mesh` and `place` do, with the leaf's name.
+    """
+    shardings = on_one_mesh(shardings, names)
+    sizes = {} if shardings is None else dict(shardings[0].mesh.shape)
+    placements = []
+    for i, (shape, spec) in enumerate(zip(shapes, specs, strict=True)):
+        try:
+            placements.append(place(shape, spec, cuts(shardings[i].spec if shardings else (), len(shape)), sizes))
+        except ValueError as error:
+            raise ValueError(f"{names[i]!r}: {error}") from error
+    return placements, shardings, sizes
+
+
 def group(
     placements: list[Placement],
     settings: list[NS],
