@@ -37,20 +37,23 @@ CONFIGS = {
 VARIANTS = {name: functools.partial(symmetric_matmul_sm90, config=config) for name, config in CONFIGS.items()}
 BARE, SAME = "XLA, bare product", "XLA, the same"
 
-# (batch, n, m, with C): Gram products X X^T, then the squares A A + C of the polynomial.
+# (batch, n, m, with C, with Y): Gram products X X^T, squares A A + C of the polynomial, products of two polynomials.
 SHAPES = [
-    (24, 2048, 7168, False),
-    (24, 2048, 2048, True),
-    (64, 1024, 2048, False),
-    (64, 1024, 1024, True),
-    (24, 1536, 7168, False),
+    (24, 2048, 7168, False, False),
+    (24, 2048, 2048, True, False),
+    (24, 2048, 2048, False, True),
+    (64, 1024, 2048, False, False),
+    (64, 1024, 1024, True, False),
+    (64, 1024, 1024, False, True),
+    (24, 1536, 7168, False, False),
 ]
+# The same, then whether with gamma, and the type.
 CHECKS = [
-    (2, 2048, 1024, True, True, jnp.bfloat16),
-    (2, 1024, 1024, True, False, jnp.float16),
-    (3, 1216, 448, False, True, jnp.bfloat16),
-    (1, 512, 7168, False, False, jnp.bfloat16),
-    (40, 640, 192, True, True, jnp.float16),
+    (2, 2048, 1024, True, False, True, jnp.bfloat16),
+    (2, 1024, 1024, True, True, False, jnp.float16),
+    (3, 1216, 448, False, False, True, jnp.bfloat16),
+    (1, 512, 7168, False, True, False, jnp.bfloat16),
+    (40, 640, 192, True, False, True, jnp.float16),
 ]
 TOLERANCE = {"bfloat16": 4e-3, "float16": 5e-4}
 REPEATS = 7
@@ -61,28 +64,30 @@ def say(text):
     print(text, flush=True)
 
 
-def inputs(seed, batch, n, m, with_c, dtype):
-    """x with singular values around one, and a symmetric C, made on the device."""
+def inputs(seed, batch, n, m, with_c, with_y, dtype):
+    """x with singular values around one, y = x D with D diagonal, and a symmetric C, made on the device."""
     x_key, c_key = jax.random.split(jax.random.key(seed))
     x_BNM = (jax.random.normal(x_key, (batch, n, m)) / np.sqrt(m)).astype(dtype)
+    y_BNM = x_BNM * (1 - 2 * (jnp.arange(m) % 3 == 0)).astype(dtype) if with_y else None
     if not with_c:
-        return x_BNM, None
+        return x_BNM, y_BNM, None
     c_BNN = jax.random.normal(c_key, (batch, n, n)) / np.sqrt(n)
-    return x_BNM, (c_BNN + c_BNN.swapaxes(1, 2)).astype(dtype)
+    return x_BNM, y_BNM, (c_BNN + c_BNN.swapaxes(1, 2)).astype(dtype)
 
 
 def check(name, cases):
     """The largest error over some CHECKS; raises AssertionError where a result is wrong."""
     worst = 0.0
     run = jax.jit(VARIANTS[name])
-    for batch, n, m, with_c, with_gamma, dtype in cases:
-        x, c = jax.jit(inputs, static_argnums=(1, 2, 3, 4, 5))(time.time_ns() % 2**31, batch, n, m, with_c, dtype)
+    for batch, n, m, with_c, with_y, with_gamma, dtype in cases:
+        seed = time.time_ns() % 2**31
+        x, y, c = jax.jit(inputs, static_argnums=(1, 2, 3, 4, 5, 6))(seed, batch, n, m, with_c, with_y, dtype)
         alpha, beta, gamma = jnp.float32(1.25), jnp.float32(-0.75), jnp.float32(0.5) if with_gamma else None
-        first = run(x, c, alpha, beta, gamma)
+        first = run(x, y, c, alpha, beta, gamma)
         # Something else in between, so that the second run cannot find the first one's result in memory.
-        jax.block_until_ready(run(x, c, 0 * alpha, beta, gamma))
+        jax.block_until_ready(run(x, y, c, 0 * alpha, beta, gamma))
         error, symmetric, same = (
-            a.item() for a in judge(first, run(x, c, alpha, beta, gamma), x, c, alpha, beta, gamma)
+            a.item() for a in judge(first, run(x, y, c, alpha, beta, gamma), x, y, c, alpha, beta, gamma)
         )
         what = f"{batch} x {n} x {m} {jnp.dtype(dtype).name}"
         assert error < TOLERANCE[jnp.dtype(dtype).name], f"{what}: error {error:.2e}"
@@ -93,32 +98,34 @@ def check(name, cases):
 
 
 @jax.jit
-def judge(first, second, x, c, alpha, beta, gamma):
+def judge(first, second, x, y, c, alpha, beta, gamma):
     """Relative error of a result, whether it is symmetric, and whether a second one is the same."""
-    wide = None if c is None else c.astype(jnp.float32)
-    right = symmetric_matmul_reference(x.astype(jnp.float32), wide, alpha, beta, gamma)
+    x, y, c = (None if a is None else a.astype(jnp.float32) for a in (x, y, c))
+    right = symmetric_matmul_reference(x, y, c, alpha, beta, gamma)
     error = jnp.linalg.norm(first.astype(jnp.float32) - right) / jnp.linalg.norm(right)
-    return error, jnp.all(first == first.swapaxes(1, 2)), jnp.all(first == second)
+    # Of two matrices, mirrored entries within a diagonal tile are two sums.
+    symmetric = jnp.all(first == first.swapaxes(1, 2)) if y is None else True
+    return error, jnp.asarray(symmetric), jnp.all(first == second)
 
 
-def bare_product(x_BNM, c_BNN, alpha, beta, gamma):
+def bare_product(x_BNM, y_BNM, c_BNN, alpha, beta, gamma):
     """What XLA does fastest: neither coefficients nor C."""
     del c_BNN, alpha, beta, gamma
-    return jnp.einsum("BNM,BKM->BNK", x_BNM, x_BNM, preferred_element_type=x_BNM.dtype)
+    return jnp.einsum("BNM,BKM->BNK", x_BNM, x_BNM if y_BNM is None else y_BNM, preferred_element_type=x_BNM.dtype)
 
 
 def milliseconds(function, shape, rounds):
     """Median over REPEATS of the time of one call, and its spread. A repeat makes 2 * rounds calls in one program."""
-    make = jax.jit(inputs, static_argnums=(1, 2, 3, 4, 5))
-    xs, cs = zip(*(make(seed, *shape, jnp.bfloat16) for seed in range(2)), strict=True)
+    make = jax.jit(inputs, static_argnums=(1, 2, 3, 4, 5, 6))
+    xs, ys, cs = zip(*(make(seed, *shape, jnp.bfloat16) for seed in range(2)), strict=True)
     function = jax.jit(function)
 
     # Donated, since a loop would otherwise begin with a copy of its inputs.
     @functools.partial(jax.jit, donate_argnums=0)
-    def many(xs, cs, alpha):
+    def many(xs, ys, cs, alpha):
         def one_round(_, xs):
             for i in range(2):
-                out = function(xs[i], cs[i], alpha, jnp.float32(-0.75), None)
+                out = function(xs[i], ys[i], cs[i], alpha, jnp.float32(-0.75), None)
                 # Nothing changes, but the next call's input now depends on this one's result.
                 other = xs[1 - i].at[0, 0, 0].add(0 * out[0, 0, 0])
                 xs = (xs[i], other) if i == 0 else (other, xs[i])
@@ -127,18 +134,18 @@ def milliseconds(function, shape, rounds):
         return jax.lax.fori_loop(0, rounds, one_round, xs)
 
     alpha = jnp.float32(1.25)
-    xs = jax.block_until_ready(many(xs, cs, alpha))
+    xs = jax.block_until_ready(many(xs, ys, cs, alpha))
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        xs = jax.block_until_ready(many(xs, cs, alpha))
+        xs = jax.block_until_ready(many(xs, ys, cs, alpha))
         times.append((time.perf_counter() - start) / (2 * rounds) * 1e3)
     return statistics.median(times), max(times) - min(times)
 
 
 def time_one(name, shape, rows):
     """Adds [ms, spread] to rows, {name: ...} of this shape, and prints a line."""
-    batch, n, m, with_c = shape
+    batch, n, m, with_c, with_y = shape
     flops = 2 * batch * n * n * m
     # About twenty milliseconds of work in one program, whatever the shape.
     rounds = max(2, min(20, round(10e-3 / (flops / 600e12))))
@@ -150,7 +157,7 @@ def time_one(name, shape, rows):
         return
     rows[name] = [ms, spread]
     faster = "  ".join(f"{rows[base][0] / ms:5.2f}x" if base in rows else "     -" for base in (BARE, SAME))
-    what = f"{batch} x {n} x {m}" + ", C" * with_c
+    what = f"{batch} x {n} x {m}" + ", C" * with_c + ", Y" * with_y
     say(f"  {what:22s} {name:18s} {ms:8.4f} ms +-{spread:.4f} {flops / ms / 1e9:6.0f} whole-TFLOP/s  {faster}")
 
 

@@ -75,14 +75,12 @@ def get_sweep(add):
 
     The shorter runs tell how many of AdamW's tokens Muon needs for AdamW's loss.
     """
-    for scale, muon, adamw, shorter in (
-        ("small", (0.001, 0.002, 0.004, 0.008), (0.0005, 0.001, 0.002, 0.004), (150, 200, 250, 300)),
-        ("medium", (0.002, 0.004, 0.008), (0.0005, 0.001, 0.002), (150, 200, 250, 300)),
-    ):
-        for lr in muon:
+    for scale in ("medium", "small"):  # The long ones first.
+        for lr in (0.002, 0.004, 0.008):
             add(scale=scale, optimizer="muonclip", lr=lr, steps=500)
-        for lr in adamw:
+        for lr in (0.0005, 0.001, 0.002):
             add(scale=scale, optimizer="adamw", lr=lr, steps=500)
-        add(scale=scale, optimizer="muon", lr=0.004, steps=500)
-        for steps in shorter:
+    add(scale="small", optimizer="muon", lr=0.004, steps=500)
+    for scale in ("medium", "small"):
+        for steps in (350, 300, 250, 200):
             add(scale=scale, optimizer="muonclip", lr=0.004, steps=steps)

@@ -194,16 +194,16 @@ def _gram_segment(x: jax.Array, coeffs: jax.Array) -> tuple[jax.Array, None]:
     """Several polynomials, [steps, 3], at the price of two products with the long side: x <- Q x.
 
     p(x) = P x with P = a I + b R + c R R and R = x x^T, and the next Gram matrix is P R P: everything between the two
-    long products is n x n.
+    long products is n x n and a polynomial of R, so all those products commute and are symmetric.
     """
     gram = symmetric_matmul(x)
     last = len(coeffs) - 1
     product = None
     for t, (a, b, c) in enumerate(coeffs):
         poly = symmetric_matmul(gram, gram, alpha=c, beta=b, gamma=a)
-        product = poly if product is None else _product(product, poly)
+        product = poly if product is None else symmetric_matmul(product, y=poly)
         if t < last:
-            gram = _product(_product(poly, gram), poly)
+            gram = symmetric_matmul(symmetric_matmul(poly, y=gram), y=poly)
     return _product(product, x), None
 
 

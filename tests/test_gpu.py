@@ -57,6 +57,11 @@ def test_the_symmetric_product_is_right_and_symmetric(dtype):
     error = jnp.linalg.norm(got.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
     assert error < {"bfloat16": 4e-3, "float16": 5e-4}[dtype]
     assert (got == got.swapaxes(-1, -2)).all()
+    # x and x D: symmetric as well, of two matrices.
+    y = x * jnp.where(jnp.arange(1536) % 3, 1, -2).astype(dtype)
+    got = jax.jit(lambda x, y: symmetric_matmul(x, y=y))(x, y).astype(jnp.float32)
+    exact = symmetric_matmul(x.astype(jnp.float32), y=y.astype(jnp.float32))
+    assert jnp.linalg.norm(got - exact) / jnp.linalg.norm(exact) < {"bfloat16": 4e-3, "float16": 5e-4}[dtype]
 
 
 @pytest.mark.parametrize(("ns", "bound"), [(NS.k2(), 1.5e-2), (NS.k2("float16", "gram"), 1e-2), (NS.fast(), 5e-3)])

@@ -153,9 +153,9 @@ def test_products_accumulate_in_float32(ns):
 def test_the_symmetric_kernel_takes_every_symmetric_product_where_it_is_chosen(monkeypatch, ns):
     taken = []
 
-    def kernel(x, c, alpha, beta, gamma):
-        taken.append((x.shape, c is None))
-        return symmetric_matmul_reference(x, c, alpha, beta, gamma)
+    def kernel(x, y, c, alpha, beta, gamma):
+        taken.append((x.shape, y is None, c is None))
+        return symmetric_matmul_reference(x, y, c, alpha, beta, gamma)
 
     monkeypatch.setattr(symmetric_module, "_not_hopper", lambda: None)
     monkeypatch.setattr(symmetric_module, "SM90_MIN_ROWS", 128)
@@ -165,8 +165,11 @@ def test_the_symmetric_kernel_takes_every_symmetric_product_where_it_is_chosen(m
     for i, bound in enumerate((1.3e-2, 0.08)):
         assert relative_error(got[i], oracle(x[i], ns)) <= bound
     # Traced once in a loop over equal steps: X X^T and the polynomial of each; the Gram form has two kinds of segments.
-    assert taken.count(((2, 256, 896), True)) == (2 if ns.method == "gram" else 1)
-    assert taken.count(((2, 256, 256), False)) == (5 if ns.method == "gram" else 1)
+    gram = ns.method == "gram"
+    assert taken.count(((2, 256, 896), True, True)) == (2 if gram else 1)
+    assert taken.count(((2, 256, 256), True, False)) == (5 if gram else 1)
+    # Of two matrices: for each step but a segment's last, P R, P R P and Q P.
+    assert taken.count(((2, 256, 256), False, True)) == (9 if gram else 0)
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,15 @@ def case(batch, n, m, dtype=jnp.float32):
     return jnp.asarray(rng.integers(-3, 4, (batch, n, m)), dtype), jnp.asarray(c + c.swapaxes(1, 2), dtype)
 
 
-def exact(x, c=None, gamma=None):
+def another(x):
+    """y of which x y^T is symmetric, of small whole numbers too: x D with a diagonal D."""
+    return x * jnp.asarray(np.random.default_rng(1).choice([-2, -1, 1], x.shape[-1]), x.dtype)
+
+
+def exact(x, c=None, gamma=None, y=None):
     """The result in float64; with the coefficients above and whole numbers it needs one rounding."""
     x = np.asarray(x, np.float64)
-    out = ALPHA * np.einsum("bim,bjm->bij", x, x)
+    out = ALPHA * np.einsum("bim,bjm->bij", x, x if y is None else np.asarray(y, np.float64))
     out += 0 if c is None else BETA * np.asarray(c, np.float64)
     return out + (0 if gamma is None else gamma * np.eye(x.shape[1]))
 
@@ -51,8 +56,17 @@ def test_reference_is_the_formula(dtype, with_c, gamma):
 
 def test_one_matrix_is_a_batch_of_one():
     x, c = case(1, 6, 4)
-    one = symmetric_matmul(x[0], c[0], alpha=ALPHA, beta=BETA, gamma=GAMMA)
-    np.testing.assert_array_equal(one, symmetric_matmul(x, c, alpha=ALPHA, beta=BETA, gamma=GAMMA)[0])
+    one = symmetric_matmul(x[0], c[0], y=another(x)[0], alpha=ALPHA, beta=BETA, gamma=GAMMA)
+    np.testing.assert_array_equal(one, exact(x, c, GAMMA, another(x))[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("alpha", [1.0, jnp.float32(1.0)], ids=["known", "traced"])
+def test_the_bare_product_of_two_matrices(dtype, alpha):
+    x, _ = case(2, 9, 13, dtype)
+    out = symmetric_matmul(x, y=another(x), alpha=alpha)
+    expected = np.einsum("bim,bjm->bij", np.asarray(x, np.float64), np.asarray(another(x), np.float64))
+    np.testing.assert_array_equal(out, expected.astype(x.dtype), strict=True)
 
 
 def test_coefficients_may_be_traced_through_a_scan():
@@ -95,6 +109,8 @@ def test_two_types_are_refused():
     x, c = case(1, 6, 4)
     with pytest.raises(ValueError, match="c is float32 and x is bfloat16"):
         symmetric_matmul(x.astype(jnp.bfloat16), c)
+    with pytest.raises(ValueError, match=r"y is float32\(1, 6, 2\) and x is float32\(1, 6, 4\)"):
+        symmetric_matmul(x, y=x[..., :2])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +126,7 @@ def test_the_kernel_says_why_it_cannot(shape, dtype, reason):
     x = jax.ShapeDtypeStruct(shape, dtype)
     assert reason in refusal(x)
     with pytest.raises(ValueError, match=reason):
-        symmetric_matmul_sm90(x, None, ALPHA, BETA, None, num_sms=H100_SMS)
+        symmetric_matmul_sm90(x, None, None, ALPHA, BETA, None, num_sms=H100_SMS)
 
 
 ON_A_MESH = """
@@ -148,9 +164,14 @@ def tiles(rows):
 
 @pytest.mark.parametrize("num_tiles", [1, 2, 3, 4, 7, 8, 12, 16, 31])
 @pytest.mark.parametrize("cluster", [1, 2])
-@pytest.mark.parametrize("band", [1, 3, 8])
-def test_every_tile_of_the_lower_triangle_is_computed_once(num_tiles, cluster, band):
-    found = tiles(table(num_tiles, cluster, band))
+@pytest.mark.parametrize(("band", "own_rows"), [(1, True), (3, True), (8, True), (8, False)])
+def test_every_tile_of_the_lower_triangle_is_computed_once(num_tiles, cluster, band, own_rows):
+    rows = table(num_tiles, cluster, band, own_rows)
+    found = tiles(rows)
+    if not own_rows:  # Another matrix's rows are right only where the column says which.
+        assert (rows[:, :-1].reshape(-1, 3)[:, 2] != OWN_ROWS)[
+            (rows[:, :-1].reshape(-1, 3)[:, :2] < num_tiles).any(1)
+        ].all()
     assert len(set(found)) == len(found), "two units would store to the same tile"
     inside = {(row, column) for row, column in found if row < num_tiles}
     assert inside == {(row, column) for row in range(num_tiles) for column in range(row + 1)}
@@ -175,28 +196,39 @@ INTERPRET = """
 import contextlib, io, json
 import jax, numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from tests.test_symmetric_matmul import ALPHA, BETA, GAMMA, INTERPRETED, case, exact
+from tests.test_symmetric_matmul import ALPHA, BETA, GAMMA, INTERPRETED, another, case, exact
 told = {}
-for name, (kernel, options, shape, dtype, with_c, with_gamma) in INTERPRETED.items():
+for name, (kernel, options, shape, dtype, with_y, with_c, with_gamma) in INTERPRETED.items():
     x, c = case(*shape, dtype)
+    y = another(x) if with_y else None
     c = c if with_c else None
     gamma = GAMMA if with_gamma else None
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     run = jax.jit(lambda *arguments: kernel(*arguments, **options, interpret=interpret))
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
-        out = np.asarray(run(x, c, ALPHA, BETA, gamma))
-    right = exact(x, c, gamma).astype(out.dtype)
+        out = np.asarray(run(x, y, c, ALPHA, BETA, gamma))
+    right = exact(x, c, gamma, y).astype(out.dtype)
     told[name] = {"wrong": int((out != right).sum()), "race": said.getvalue().partition("RACE")[2][:2000]}
 print(json.dumps(told))
 """
 
-# name: kernel, its options, (batch, n, m), type, with C, with gamma.
+# name: kernel, its options, (batch, n, m), type, with Y, with C, with gamma.
 INTERPRETED = {
     "two blocks share rows, an odd number of tiles": (
         symmetric_matmul_sm90,
         {"config": Config(tile=64, stages=3), "num_sms": 4},
         (2, 192, 128),
         "bfloat16",
+        False,
+        True,
+        True,
+    ),
+    "two matrices, two blocks": (
+        symmetric_matmul_sm90,
+        {"config": Config(tile=64, stages=3), "num_sms": 4},
+        (1, 320, 128),
+        "bfloat16",
+        True,
         True,
         True,
     ),
@@ -207,12 +239,14 @@ INTERPRETED = {
         "float16",
         False,
         False,
+        False,
     ),
     "large tiles that leave the matrix": (
         symmetric_matmul_sm90,
         {"config": Config(tile_k=128, stages=2, cluster=1), "num_sms": 2},
         (1, 192, 192),
         "float16",
+        False,
         True,
         False,
     ),
@@ -253,4 +287,4 @@ def test_kernel_lowers_for_a_gpu_without_one(config):
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     calls = [jax.export.DisabledSafetyCheck.custom_call(f"mosaic_gpu{suffix}") for suffix in ("", "_v2")]
     export = jax.export.export(jax.jit(kernel), platforms=["cuda"], disabled_checks=calls)
-    assert "mosaic_gpu" in export(x, c, scalar, scalar, scalar).mlir_module()
+    assert "mosaic_gpu" in export(x, None, c, scalar, scalar, scalar).mlir_module()

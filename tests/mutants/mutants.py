@@ -244,8 +244,8 @@ NUMERICS_MUTANTS = (
     Mutant(
         "the Gram matrix is multiplied from one side",
         NEWTON_SCHULZ,
-        "gram = _product(_product(poly, gram), poly)",
-        "gram = _product(poly, gram)",
+        "gram = symmetric_matmul(symmetric_matmul(poly, y=gram), y=poly)",
+        "gram = symmetric_matmul(poly, y=gram)",
         f"{GRAM}test_fast_is_the_polar_factor_where_k2_is_not",
     ),
     Mutant(
@@ -271,11 +271,18 @@ NUMERICS_MUTANTS = (
         "test_the_symmetric_kernel_takes_every_symmetric_product_where_it_is_chosen[standard]",
     ),
     Mutant(
+        "the second matrix of a symmetric product is the first",
+        "k2jax/kernels/symmetric_matmul/sm90.py",
+        "load(slot, k, 2, right, y_BNM)",
+        "load(slot, k, 2, right)",
+        f"{SYMMETRIC}test_interpreted_kernel_is_right_in_every_bit[two matrices, two blocks]",
+    ),
+    Mutant(
         "a pair of diagonal tiles is left out of the schedule",
         "k2jax/kernels/symmetric_matmul/schedule.py",
         "odd = [2 * q + 1 for q in range(half)]",
         "odd = [2 * q + 1 for q in range(half - 1)]",
-        f"{SYMMETRIC}test_every_tile_of_the_lower_triangle_is_computed_once[8-2-16]",
+        f"{SYMMETRIC}test_every_tile_of_the_lower_triangle_is_computed_once[8-True-2-16]",
     ),
     Mutant(
         "the Gram matrix is never computed anew",

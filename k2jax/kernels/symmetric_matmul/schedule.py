@@ -5,6 +5,7 @@ warpgroups: both in one column of tiles, so that they share the right operand. W
 rows 2q and 2q + 1 and a column c <= 2q make such a pair, the last one with the diagonal tile (2q, 2q). What these
 pairs leave over is every other diagonal tile, (2q + 1, 2q + 1); those are paired among themselves, and need no third
 operand since each is a product of rows with themselves. So every tile of the lower triangle is computed once.
+Where the right operand is another matrix, each of those diagonal tiles takes its own column and no real partner.
 
 A cluster is two blocks. Where both have the same rows, each loads half of them and sends it to both.
 
@@ -20,7 +21,7 @@ import numpy as np
 OWN_ROWS = -1
 
 
-def table(num_tiles: int, cluster: int, band: int) -> np.ndarray:
+def table(num_tiles: int, cluster: int, band: int, own_rows: bool = True) -> np.ndarray:
     """The units of one matrix in the order in which to compute them.
 
     Args:
@@ -28,6 +29,7 @@ def table(num_tiles: int, cluster: int, band: int) -> np.ndarray:
       cluster: blocks of a cluster, 1 or 2.
       band: pairs of rows that are walked through together, column by column, so that blocks that run at the same time
         share operands.
+      own_rows: whether the right operand's rows are the left one's.
 
     Returns:
       int32 [units, 3 * cluster + 1]: for every block two rows and a column; last, 1 where its blocks share the rows.
@@ -41,7 +43,10 @@ def table(num_tiles: int, cluster: int, band: int) -> np.ndarray:
     )
     touching = [(2 * q, 2 * q + 1, 2 * q) for q in range(half)]
     odd = [2 * q + 1 for q in range(half)]
-    diagonal = [(a, next(outside) if b is None else b, OWN_ROWS) for a, b in zip_longest(odd[::2], odd[1::2])]
+    if own_rows:
+        diagonal = [(a, next(outside) if b is None else b, OWN_ROWS) for a, b in zip_longest(odd[::2], odd[1::2])]
+    else:
+        diagonal = [(row, next(outside), row) for row in odd]
     if cluster == 1:
         return np.array([(*pair, 0) for pair in below + touching + diagonal], np.int32)
 

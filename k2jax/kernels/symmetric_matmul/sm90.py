@@ -67,12 +67,13 @@ def refusal(x_BNM, tile: int = Config.tile) -> str | None:
 
 
 def symmetric_matmul_sm90(
-    x_BNM, c_BNN, alpha, beta, gamma, *, config: Config = Config(), num_sms: int | None = None, interpret=None
+    x_BNM, y_BNM, c_BNN, alpha, beta, gamma, *, config: Config = Config(), num_sms: int | None = None, interpret=None
 ):
-    """alpha x x^T + beta c + gamma I from the tiles of the lower triangle, each stored twice.
+    """alpha x y^T + beta c + gamma I from the tiles of the lower triangle, each stored twice.
 
     Args:
       x_BNM: bfloat16 or float16; N and M multiples of 64.
+      y_BNM: None for x, or another matrix of which x y^T is symmetric up to rounding.
       c_BNN: None, or symmetric matrices in x's type: of each pair of mirrored tiles only the lower one is read.
       alpha, beta, gamma: float32 scalars, may be traced; gamma None adds nothing.
       config: see `Config`; what does not fit into shared memory fails while compiling.
@@ -80,8 +81,8 @@ def symmetric_matmul_sm90(
       interpret: `plgpu.InterpretGPUParams()` runs it on a CPU, slowly.
 
     Returns:
-      out_BNN in x's type, equal to its transpose bit for bit if c is. Mirrored tiles hold the same registers; within
-      a tile on the diagonal it rests on the tensor cores adding up every entry's products in the same order.
+      out_BNN in x's type, without y equal to its transpose bit for bit if c is. Mirrored tiles hold the same registers;
+      within a tile on the diagonal it rests on the tensor cores adding up every entry's products in the same order.
 
     Raises:
       ValueError: x does not suit the kernel (`refusal`).
@@ -91,8 +92,8 @@ def symmetric_matmul_sm90(
     if num_sms is None:
         num_sms = jax.devices()[0].core_count
     num_batch, n, _ = x_BNM.shape
-    table_UW = table(-(-n // config.tile), config.cluster, config.band)
-    matrices = [x_BNM] if c_BNN is None else [x_BNM, c_BNN]
+    table_UW = table(-(-n // config.tile), config.cluster, config.band, own_rows=y_BNM is None)
+    matrices = [x_BNM, x_BNM if y_BNM is None else y_BNM, *([] if c_BNN is None else [c_BNN])]
     kernel = plgpu.kernel(
         functools.partial(_kernel, config=config, has_c=c_BNN is not None, has_gamma=gamma is not None),
         out_type=jax.ShapeDtypeStruct((num_batch, n, n), x_BNM.dtype),
@@ -114,7 +115,7 @@ def scalars(alpha, beta, gamma):
     return jnp.stack([jnp.asarray(s, jnp.float32) for s in (alpha, beta, 0.0 if gamma is None else gamma)])
 
 
-def _kernel(table_UW, scalars_S, x_BNM, *refs, config, has_c, has_gamma):
+def _kernel(table_UW, scalars_S, x_BNM, y_BNM, *refs, config, has_c, has_gamma):
     c_BNN, out_BNN = refs if has_c else (None, *refs)
     dtype = x_BNM.dtype
     T, K = config.tile, config.tile_k
@@ -139,7 +140,7 @@ def _kernel(table_UW, scalars_S, x_BNM, *refs, config, has_c, has_gamma):
         @pl.when(wg == _PRODUCER)
         def _produce():
             plgpu.set_max_registers(40, action="decrease")
-            _producer(table_UW, x_BNM, c_BNN, ring, config)
+            _producer(table_UW, x_BNM, y_BNM, c_BNN, ring, config)
 
         @pl.when(wg < _CONSUMERS)
         def _consume():
@@ -183,7 +184,7 @@ def _slot(step, config):
     return lax.rem(step, jnp.int32(config.stages))
 
 
-def _producer(table_UW, x_BNM, c_BNN, ring, config):
+def _producer(table_UW, x_BNM, y_BNM, c_BNN, ring, config):
     ring_ROTK, full_R, empty_R = ring
     T, K = config.tile, config.tile_k
     num_x, num_c = _steps(x_BNM.shape[2], config, c_BNN is not None)
@@ -202,18 +203,18 @@ def _producer(table_UW, x_BNM, c_BNN, ring, config):
         first = here * (num_x + num_c)
         right = jnp.maximum(column, 0)  # two diagonal tiles need no right operand, but the barrier counts three copies
 
-        def load(slot, k, operand, tile, collective_axes=None):
+        def load(slot, k, operand, tile, matrices_BNM=x_BNM, collective_axes=None):
             plgpu.copy_gmem_to_smem(
-                x_BNM.at[batch, pl.ds(tile * T, T), pl.ds(k * K, K)],
+                matrices_BNM.at[batch, pl.ds(tile * T, T), pl.ds(k * K, K)],
                 ring_ROTK.at[slot, operand],
                 full_R.at[slot],
                 collective_axes=collective_axes,
             )
 
         def load_x(slot, k, collective_axes):
-            load(slot, k, 0, row0, collective_axes)
-            load(slot, k, 1, row1, collective_axes)
-            load(slot, k, 2, right)
+            load(slot, k, 0, row0, collective_axes=collective_axes)
+            load(slot, k, 1, row1, collective_axes=collective_axes)
+            load(slot, k, 2, right, y_BNM)
 
         def stream(collective_axes):
             @pl.loop(0, num_x)
