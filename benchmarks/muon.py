@@ -192,10 +192,15 @@ def main(argv=None):
         times |= torch_peers(shape, flags.peers)
         for name, ms in sorted(times.items(), key=lambda item: item[1]):
             say(f"  {ms:8.2f} ms  {name}")
+
+    def save():
+        if flags.peers and flags.work == list(WORK):
+            say(str(record.write("muon", "python -m benchmarks.muon --peers=FOLDER", data)))
+
+    save()  # Two GPUs take as long again.
     if jax.device_count() > 1:
         data["two_gpus"] = on_two(WORK["experts"])
-    if flags.peers and flags.work == list(WORK):
-        say(str(record.write("muon", "python -m benchmarks.muon --peers=FOLDER", data)))
+        save()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Muon, MuonClip and AdamW at equal tokens: the sweep of configs/optimizers.py as numbers and a picture.
 
-    python -m experiments.sweep --config=configs/optimizers.py --workdir=runs/optimizers --jobs=3
+    python -m experiments.sweep --config=configs/optimizers.py --workdir=runs/optimizers --jobs=6
     python -m benchmarks.optimizers --workdir=runs/optimizers
 
 Reads a finished sweep, prints the held-out bits per byte of every learning rate at each scale, and writes
@@ -142,7 +142,7 @@ def main(argv=None):
             )
     # The sweep's machine, which need not be the one that reads it.
     trained_on = "; ".join(sorted(_devices(flags.workdir)))
-    command = "python -m experiments.sweep --config=configs/optimizers.py --workdir=SWEEP --jobs=3"
+    command = "python -m experiments.sweep --config=configs/optimizers.py --workdir=SWEEP --jobs=6"
     path = record.write("optimizers", command, {"hardware": trained_on, "scales": scales})
     draw(scales, PICTURE)
     print(f"{path.relative_to(record.ROOT)}\n{PICTURE.relative_to(record.ROOT)}")

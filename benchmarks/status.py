@@ -28,7 +28,7 @@ ROOMS = (
     Room("MuonClip as an optax transformation", "k2jax/muonclip.py",
          ("tests/test_paper_muonclip.py", "tests/test_update_parity.py"), ("nano_cpu", "nano_h100", "optimizers")),
     Room("QK-Clip", "k2jax/qk_clip.py", ("tests/test_paper_muonclip.py",),
-         ("logit_explosion", "nano_cpu", "nano_h100")),
+         ("logit_explosion", "logit_explosion_h100", "nano_cpu", "nano_h100")),
     Room("Newton-Schulz, standard and on the Gram matrix", "k2jax/newton_schulz.py",
          ("tests/test_paper_muonclip.py", "tests/test_update_parity.py"), ("ns_quality", "nano_cpu")),
     Room("Symmetric product, a Hopper kernel (Pallas)", "k2jax/kernels/symmetric_matmul", (), ("symmetric_matmul",)),

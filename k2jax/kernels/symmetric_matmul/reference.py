@@ -11,7 +11,7 @@ def symmetric_matmul_reference(x, y, c, alpha, beta, gamma):
     # Without this, float32 products run as TF32 or bfloat16 on accelerators.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     product = functools.partial(jnp.einsum, "...nm,...km->...nk", x, x if y is None else y, precision=precision)
-    if c is None and gamma is None and isinstance(alpha, float) and alpha == 1.0:
+    if y is not None and c is None and gamma is None and isinstance(alpha, float) and alpha == 1.0:
         return product(preferred_element_type=x.dtype)  # Nothing follows: every backend rounds its float32 sum.
     out = alpha * product(preferred_element_type=jnp.float32)
     if c is not None:
