@@ -1,0 +1,264 @@
+"""MoBA's Hopper kernels: are they right, how fast are they, and against which dense attention?
+
+    python -m benchmarks.moba [--only NAME ...] [--stages] [--peers] [--seconds 400]
+
+On a Hopper GPU. Correctness first: outputs, gradients, log-sum-exp, max logits and selections of CHECKS against the
+definition in float32, on fresh random inputs, with the error of plain bfloat16 attention on the same selection as the
+yardstick, and two runs bit for bit. Then medians of forward and of forward with backward at every case of CASES, bf16,
+D = 128; with --stages what every stage of the first case takes, and with --peers the fastest dense attention that is to
+be had (cuDNN through jax.nn, tokamax, flash-attn3-jax: what cannot be imported is said). After --seconds nothing new is
+started. Prints a table and, with --peers and all cases, writes benchmarks/results/moba.json.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import record
+from k2jax.kernels.attention.reference import masked_attention
+from k2jax.kernels.moba import reference, sm90
+from k2jax.kernels.moba.attend_sm90 import Tiles, attend, rows_gradient
+from k2jax.kernels.moba.keys_gradient_sm90 import keys_gradient
+
+# name: batch, tokens, query heads, key heads, block size, top k
+CHECKS = {
+    "small": (1, 1024, 2, 2, 128, 3),
+    "odd length, grouped": (2, 1500, 4, 2, 256, 2),
+    "many": (1, 4096, 2, 1, 128, 8),
+    "own block alone": (1, 1024, 1, 1, 512, 1),
+}
+CASES = {
+    "64K, B=128, k=8": (2, 65536, 16, 16, 128, 8),
+    "16K, B=128, k=8": (2, 16384, 16, 16, 128, 8),
+    "32K, B=512, k=3": (2, 32768, 16, 16, 512, 3),
+    "32K, B=128, k=8": (2, 32768, 16, 16, 128, 8),
+    "128K, B=128, k=8": (2, 131072, 16, 16, 128, 8),
+    "512K, B=128, k=8": (2, 524288, 16, 16, 128, 8),
+    "1M, B=4096, k=12": (1, 1048576, 16, 16, 4096, 12),
+}
+FORWARD_ONLY = {"1M, B=4096, k=12"}
+SCALE = 128**-0.5
+REPEATS = 5
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def inputs(B, T, H, G, dtype=jnp.bfloat16):
+    @jax.jit
+    def make(key):
+        keys = jax.random.split(key, 4)
+        shapes = [(B, T, H, 128), (B, T, G, 128), (B, T, G, 128), (B, T, H, 128)]
+        return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+    return make(jax.random.key(time.time_ns() % 2**31))
+
+
+def with_gradients(attention, q, k, v, dout):
+    """Output and residuals, (dq, dk, dv) of attention(q, k, v) -> (out, residuals)."""
+    out, pull, residuals = jax.vjp(attention, q, k, v, has_aux=True)
+    return out, residuals, pull(dout.astype(out.dtype))
+
+
+def kernels(q, k, v, **settings):
+    return tuple(sm90.moba_attention(q, k, v, scale=SCALE, **settings))
+
+
+def as_selected(q, k, v, selected_BHTJ, block_size):
+    """The definition with T x S arrays, for a choice already made."""
+    block_S = jnp.arange(k.shape[1]) // block_size
+    mask_BHTS = (selected_BHTJ[..., None] == block_S).any(axis=-2)
+    mask_BTHS = mask_BHTS.swapaxes(1, 2) & (jnp.arange(k.shape[1]) <= jnp.arange(q.shape[1])[:, None])[:, None]
+    out, lse, max_logit = masked_attention(q, k, v, mask_BTHS, SCALE)
+    return out, (lse, max_logit)
+
+
+def check(name) -> dict[str, float]:
+    """Errors, as multiples of those of plain bfloat16 attention; raises AssertionError where something is wrong."""
+    B, T, H, G, C, top_k = CHECKS[name]
+    arrays = inputs(B, T, H, G)
+    run = jax.jit(functools.partial(with_gradients, functools.partial(kernels, block_size=C, top_k=top_k)))
+    got = run(*arrays)
+    jax.block_until_ready(run(*(2 * x for x in arrays)))  # so that a second run cannot find the first one's results
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), got, run(*arrays))
+    assert jax.tree.all(same), f"{name}: two runs differ: {same}"
+
+    definition = jax.jit(functools.partial(reference.moba_attention, block_size=C, top_k=top_k, scale=SCALE))
+    selected = got[1].selected_BHTJ
+    agree = float((selected == definition(*arrays[:3]).residuals.selected_BHTJ).mean())
+    assert agree > 0.9999, f"{name}: {agree:.5f} of the selections are the definition's"
+    plain = jax.jit(lambda q, k, v, dout: with_gradients(lambda *qkv: as_selected(*qkv, selected, C), q, k, v, dout))
+    rounded = plain(*arrays)
+    with jax.default_matmul_precision("highest"):
+        exact = plain(*(x.astype(jnp.float32) for x in arrays))
+
+    def error(x, right):
+        return float(jnp.linalg.norm(x.astype(jnp.float32) - right) / jnp.linalg.norm(right))
+
+    found = {"selections": agree}
+    for i, what in enumerate(("out", "dq", "dk", "dv")):
+        mine, theirs, right = ((r[0], *r[2])[i] for r in (got, rounded, exact))
+        found[what] = error(mine, right) / error(theirs, right)
+        assert found[what] < 1.5, f"{name}: {what} is {found[what]:.2f} times as wrong as plain bfloat16"
+    for i, what in enumerate(("lse", "max_logit")):
+        found[what] = float(jnp.abs(got[1][i] - exact[1][i]).max())
+        assert found[what] < 1e-3, f"{name}: {what} is {found[what]:.1e} off"
+    return found
+
+
+def median_ms(function, *arrays, calls=3) -> float:
+    """Median over REPEATS of the milliseconds of one of `calls` calls in a row."""
+    for _ in range(2):
+        out = jax.block_until_ready(function(*arrays))
+    times = []
+    for _ in range(REPEATS):
+        del out
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = function(*arrays)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times)
+
+
+def timed(attention, q, k, v, dout, backward=True) -> dict[str, float]:
+    """Milliseconds of forward, and of forward with backward, of attention(q, k, v) -> out."""
+    found = {"forward": median_ms(jax.jit(attention), q, k, v)}
+    if backward:
+
+        @jax.jit
+        def both(q, k, v, dout):
+            out, pull = jax.vjp(attention, q, k, v)
+            return pull(dout.astype(out.dtype))
+
+        found["forward + backward"] = median_ms(both, q, k, v, dout)
+    return found
+
+
+def moba(C, top_k):
+    return lambda q, k, v: sm90.moba_attention(q, k, v, block_size=C, top_k=top_k, scale=SCALE).out_BTHV
+
+
+def dense_peers() -> dict:
+    def cudnn(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, scale=SCALE, is_causal=True, implementation="cudnn")
+
+    found = {"cuDNN": cudnn}
+    try:
+        import tokamax
+
+        found["tokamax"] = functools.partial(
+            tokamax.dot_product_attention, scale=SCALE, is_causal=True, implementation="mosaic"
+        )
+    except Exception as error:
+        say(f"  tokamax: {type(error).__name__}: {str(error)[:200]}")
+    try:
+        from flash_attn3_jax import flash_mha
+
+        found["flash-attn3-jax"] = functools.partial(flash_mha, softmax_scale=SCALE, is_causal=True)
+    except Exception as error:
+        say(f"  flash-attn3-jax: {type(error).__name__}: {str(error)[:200]}")
+    return found
+
+
+def stages(B, T, H, G, C, top_k) -> dict[str, float]:
+    """Milliseconds of every stage alone, on random inputs."""
+    q, k, v, dout = inputs(B, T, H, G)
+    R, M, X, J = H // G, T * H // G, B * G, top_k - 1
+    settings = (SCALE, C, R, M, None, None)
+    rows = jax.jit(lambda x: sm90._rows(x, x.shape[2] // G, T))
+    found = {"transpose q": median_ms(rows, q)}
+    q_XMK, k_XSK, v_XSV, dout_XMV = (rows(x) for x in (q, k, v, dout))
+    del q, k, v, dout
+    choose = jax.jit(lambda q, k: sm90._choose(q, k, J, settings))
+    found["means, gate, top-k"] = median_ms(choose, q_XMK, k_XSK)
+    winner = choose(q_XMK, k_XSK)
+    grouping = jax.jit(lambda winner: sm90._groups(winner, C, R))
+    found["grouping"] = median_ms(grouping, winner)
+    groups = grouping(winner)
+    flat = [x.reshape(-1, x.shape[-1]) for x in (q_XMK, k_XSK, v_XSV, dout_XMV)]
+    gather = jax.jit(sm90._gather)
+    found["gather q"] = median_ms(gather, flat[0], groups.row_P)
+    q_PK, dout_PV = gather(flat[0], groups.row_P), gather(flat[3], groups.row_P)
+    own = jax.jit(lambda q, k, v: attend(Tiles(C, R), SCALE, q, k, v))
+    found["own blocks"] = median_ms(own, *flat[:3])
+    own_out = own(*flat[:3])
+    far = jax.jit(lambda q, k, v, block, used: attend(Tiles(C), SCALE, q, k, v, block, used))
+    found["chosen blocks"] = median_ms(far, q_PK, *flat[1:3], groups.block_Y, groups.used_1)
+    far_out = far(q_PK, *flat[1:3], groups.block_Y, groups.used_1)
+    place_JA = groups.place_XJM.swapaxes(0, 1).reshape(J, -1)
+    join = jax.jit(sm90._join)
+    found["join"] = median_ms(join, *own_out[:2], *far_out[:2], place_JA)
+    largest = jax.jit(lambda max_P, row_P: sm90._largest(max_P, row_P, X, M, R))
+    found["max logits"] = median_ms(largest, far_out[2], groups.row_P)
+    _, lse = join(*own_out[:2], *far_out[:2], place_JA)
+    del far_out
+    delta = jnp.zeros_like(lse)
+    vectors = jax.jit(lambda x, row_P: x[row_P])
+    found["gather lse"] = median_ms(vectors, lse, groups.row_P)
+    lse_P = jnp.where(groups.row_P < 0, jnp.inf, lse[groups.row_P])
+    chosen, mine = (q_PK, dout_PV, lse_P, jnp.zeros_like(lse_P)), (flat[0], flat[3], lse, delta)
+    dq_far = jax.jit(lambda rows, k, v, block, used: rows_gradient(Tiles(C), SCALE, *rows, k, v, block, used))
+    found["dq, chosen"] = median_ms(dq_far, chosen, *flat[1:3], groups.block_Y, groups.used_1)
+    dq_own = jax.jit(lambda rows, k, v: rows_gradient(Tiles(C, R), SCALE, *rows, k, v))
+    found["dq, own"] = median_ms(dq_own, mine, *flat[1:3])
+    dkv = jax.jit(
+        lambda k, v, own, chosen, span: keys_gradient(
+            SCALE, k, v, own, chosen, span, block_size=C, heads_per_key=R, num_heads=X
+        )
+    )
+    found["dk and dv"] = median_ms(dkv, *flat[1:3], mine, chosen, groups.span_Z2)
+    return found
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--stages", action="store_true")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--seconds", type=float, default=400.0)
+    flags = parser.parse_args(argv)
+    deadline = time.monotonic() + flags.seconds
+    data = {"repeats": REPEATS, "errors": {}, "milliseconds": {}, "stages": {}, "peak_gib": {}}
+
+    def save():
+        if flags.peers and flags.only == list(CASES):
+            say(str(record.write("moba", "python -m benchmarks.moba --peers --stages", data)))
+
+    for name in CHECKS:
+        start = time.monotonic()
+        data["errors"][name] = found = check(name)
+        numbers = ", ".join(f"{what} {x:.3g}" for what, x in found.items())
+        say(f"right: {name}: {numbers} ({time.monotonic() - start:.0f} s)")
+    if flags.stages:
+        data["stages"][flags.only[0]] = found = stages(*CASES[flags.only[0]])
+        for what, ms in found.items():
+            say(f"  {what:20} {ms:8.3f} ms")
+    peers = dense_peers() if flags.peers else {}
+    for name in flags.only:
+        B, T, H, G, C, top_k = CASES[name]
+        times = data["milliseconds"][name] = {}
+        arrays = inputs(B, T, H, G)
+        for label, attention in {"k2jax MoBA": moba(C, top_k), **peers}.items():
+            if time.monotonic() > deadline:
+                say(f"{name}: out of time before {label}")
+                continue
+            try:
+                times[label] = timed(attention, *arrays, backward=name not in FORWARD_ONLY)
+            except Exception as error:
+                say(f"  {label}: {type(error).__name__}: {str(error)[:300]}")
+                continue
+            say(f"{name}: {label:16}" + ", ".join(f"{what} {ms:.2f} ms" for what, ms in times[label].items()))
+        stats = jax.devices()[0].memory_stats() or {}
+        data["peak_gib"][name] = stats.get("peak_bytes_in_use", 0) / 2**30
+        del arrays
+        save()
+
+
+if __name__ == "__main__":
+    main()
