@@ -55,7 +55,7 @@ def group(winner_XJM, num_blocks: int, L: int, Y: int) -> Groups:
     place_I = jnp.zeros_like(place_I).at[pair_I].set(place_I, unique_indices=True)
 
     block_Y = jnp.minimum(jnp.searchsorted(end_Z, jnp.arange(Y), side="right"), Z - 1).astype(jnp.int32)
-    block_P = jnp.repeat(block_Y, L, total_repeat_length=P)
+    block_P = jnp.broadcast_to(block_Y[:, None], (Y, L)).reshape(P)
     order_P = jnp.arange(P, dtype=jnp.int32) - shift_Z[block_P]
     pair_P = pair_I[jnp.minimum(order_P, key_I.size - 1)]
     row_P = pair_P // (J * M) * M + pair_P % M
