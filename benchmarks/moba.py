@@ -170,15 +170,15 @@ def stages(B, T, H, G, C, top_k) -> dict[str, float]:
     """Milliseconds of every stage alone, on random inputs."""
     q, k, v, dout = inputs(B, T, H, G)
     R, M, X, J = H // G, T * H // G, B * G, top_k - 1
-    settings = (SCALE, C, R, M, None, None)
-    rows = jax.jit(lambda x: sm90._rows(x, x.shape[2] // G, T))
+    settings = sm90.Settings(SCALE, C, R, T, T // C, J, None, None)
+    rows = jax.jit(lambda x: sm90._rows(x, x.shape[2] // G, settings))
     found = {"transpose q": median_ms(rows, q)}
     q_XMK, k_XSK, v_XSV, dout_XMV = (rows(x) for x in (q, k, v, dout))
     del q, k, v, dout
-    choose = jax.jit(lambda q, k: sm90._choose(q, k, J, settings))
+    choose = jax.jit(lambda q, k: sm90._choose(settings, q, k))
     found["means, gate, top-k"] = median_ms(choose, q_XMK, k_XSK)
     winner = choose(q_XMK, k_XSK)
-    grouping = jax.jit(lambda winner: sm90._groups(winner, C, R))
+    grouping = jax.jit(lambda winner: sm90._groups(settings, winner))
     found["grouping"] = median_ms(grouping, winner)
     groups = grouping(winner)
     flat = [x.reshape(-1, x.shape[-1]) for x in (q_XMK, k_XSK, v_XSV, dout_XMV)]

@@ -27,7 +27,9 @@ ROWS = 64  # of a warpgroup: what one wgmma takes
 CONSUMERS = 2
 TILE = ROWS * CONSUMERS
 PRODUCER = CONSUMERS  # the warpgroup after the consumers
-SLOTS = 2
+SLOTS = 2  # of the ring of keys and values
+# Of a block's shared memory, 227 KiB, a little is for barriers and vectors.
+SHARED_MEMORY = 230_400
 LOG2E = math.log2(math.e)
 ROW = plgpu.Layout.WGMMA.reduce(1)
 
@@ -67,7 +69,7 @@ def attend(tiles: Tiles, scale, q_AK, k_SK, v_SV, block_Y=None, used_1=None, *, 
     """
     A, K = q_AK.shape
     V = v_SV.shape[1]
-    step = 128
+    step, slots = _fit(((128, 2), (64, 2), (64, 1)), TILE * K, SLOTS * (K + V), TILE * V)
     row = jax.ShapeDtypeStruct((A,), jnp.float32)
     dtype = q_AK.dtype
     kernel = _persistent(
@@ -76,14 +78,14 @@ def attend(tiles: Tiles, scale, q_AK, k_SK, v_SV, block_Y=None, used_1=None, *, 
         num_sms=num_sms,
         interpret=interpret,
         scratch={
-            "q_RGQK": plgpu.SMEM((SLOTS, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
+            "q_RGQK": plgpu.SMEM((slots, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
             "k_RNK": plgpu.SMEM((SLOTS, step, K), dtype, transforms=TRANSFORMS),
             "v_RNV": plgpu.SMEM((SLOTS, step, V), dtype, transforms=TRANSFORMS),
             "out_GQV": plgpu.SMEM((CONSUMERS, ROWS, V), dtype, transforms=TRANSFORMS),
             "lse_GQ": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             "max_GQ": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-            "q_full": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
-            "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+            "q_full": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
+            "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
             "k_full": plgpu.Barrier(num_barriers=SLOTS),
             "k_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
             "v_full": plgpu.Barrier(num_barriers=SLOTS),
@@ -117,7 +119,7 @@ def rows_gradient(
     """
     A, K = q_AK.shape
     V = v_SV.shape[1]
-    step = 64
+    step, slots = _fit(((64, 2), (64, 1)), TILE * (K + V), SLOTS * (K + V), TILE * K)
     dtype = q_AK.dtype
     kernel = _persistent(
         functools.partial(_rows_gradient_kernel, tiles=tiles, scale=scale, step=step),
@@ -125,13 +127,13 @@ def rows_gradient(
         num_sms=num_sms,
         interpret=interpret,
         scratch={
-            "q_RGQK": plgpu.SMEM((SLOTS, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
-            "dout_RGQV": plgpu.SMEM((SLOTS, CONSUMERS, ROWS, V), dtype, transforms=TRANSFORMS),
+            "q_RGQK": plgpu.SMEM((slots, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
+            "dout_RGQV": plgpu.SMEM((slots, CONSUMERS, ROWS, V), dtype, transforms=TRANSFORMS),
             "k_RNK": plgpu.SMEM((SLOTS, step, K), dtype, transforms=TRANSFORMS),
             "v_RNV": plgpu.SMEM((SLOTS, step, V), dtype, transforms=TRANSFORMS),
             "dq_GQK": plgpu.SMEM((CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
-            "q_full": plgpu.Barrier(num_arrivals=2 * CONSUMERS, num_barriers=SLOTS),
-            "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+            "q_full": plgpu.Barrier(num_arrivals=2 * CONSUMERS, num_barriers=slots),
+            "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
             "k_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
             "k_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
         },
@@ -140,6 +142,11 @@ def rows_gradient(
 
 
 # --- what both kernels share --------------------------------------------------------------------------------------
+
+
+def _fit(choices, per_slot, per_key, rest):
+    """The first (keys of a step, slots for rows) of which a slot's numbers, a key's and the rest fit, at 2 bytes each."""
+    return next((n, r) for n, r in choices if 2 * (r * per_slot + n * per_key + rest) <= SHARED_MEMORY)
 
 
 def _tables(tiles, num_rows, block_Y, used_1):
@@ -189,7 +196,10 @@ def _walk(tiles, step, block_Y, used_1, body):
             block, row, steps = block_Y[tile], jnp.int32(0), jnp.int32(tiles.block_size // step)
         else:
             block = lax.div(tile, jnp.int32(tiles.tiles_per_block))
-            row = lax.rem(tile, jnp.int32(tiles.tiles_per_block)) * TILE
+            # The longest tiles first, so that the last ones to run are short.
+            reversed_tile = lax.rem(tile, jnp.int32(tiles.tiles_per_block))
+            row = (tiles.tiles_per_block - 1 - reversed_tile) * TILE
+            tile = block * tiles.tiles_per_block + (tiles.tiles_per_block - 1 - reversed_tile)
             last_key = lax.div(row + (TILE - 1), jnp.int32(tiles.heads_per_key))
             steps = lax.div(last_key, jnp.int32(step)) + 1
         body(here, tile, block * tiles.block_size, row, steps, so_far)
@@ -198,14 +208,14 @@ def _walk(tiles, step, block_Y, used_1, body):
     lax.fori_loop(0, num_mine, one, jnp.int32(0))
 
 
-def _slot(number):
-    return lax.rem(number, jnp.int32(SLOTS))
+def _slot(number, slots=SLOTS):
+    return lax.rem(number, jnp.int32(slots))
 
 
-def _wait_free(number, empty):
-    @pl.when(number >= SLOTS)
+def _wait_free(number, empty, slots=SLOTS):
+    @pl.when(number >= slots)
     def _():
-        plgpu.barrier_wait(empty.at[_slot(number)])
+        plgpu.barrier_wait(empty.at[_slot(number, slots)])
 
 
 def _copy_rows(ref_AE, ring_RGQE, tile, slot, full):
@@ -237,7 +247,7 @@ def _attend_kernel(
     lse_GQ, max_GQ, q_full, q_empty, k_full, k_empty, v_full, v_empty,
 ):  # fmt: skip
     wg = lax.axis_index("wg")
-    V, N = v_SV.shape[1], step
+    V, N, slots = v_SV.shape[1], step, q_RGQK.shape[0]
     dtype = q_AK.dtype
 
     @pl.when(wg == PRODUCER)
@@ -245,8 +255,8 @@ def _attend_kernel(
         plgpu.set_max_registers(40, action="decrease")
 
         def one(here, tile, first_key, row, steps, so_far):
-            _wait_free(here, q_empty)
-            _copy_rows(q_AK, q_RGQK, tile, _slot(here), q_full)
+            _wait_free(here, q_empty, slots)
+            _copy_rows(q_AK, q_RGQK, tile, _slot(here, slots), q_full)
 
             @pl.loop(0, steps)
             def _step(i):
@@ -264,7 +274,7 @@ def _attend_kernel(
         plgpu.set_max_registers(232, action="increase")
 
         def one(here, tile, first_key, row, steps, so_far):
-            q_slot = _slot(here)
+            q_slot = _slot(here, slots)
             plgpu.barrier_wait(q_full.at[q_slot])
 
             def kv_step(i, carry):
@@ -322,7 +332,7 @@ def _rows_gradient_kernel(
     v_RNV, dq_GQK, q_full, q_empty, k_full, k_empty,
 ):  # fmt: skip
     wg = lax.axis_index("wg")
-    K, N = q_AK.shape[1], step
+    K, N, slots = q_AK.shape[1], step, q_RGQK.shape[0]
     dtype = q_AK.dtype
 
     @pl.when(wg == PRODUCER)
@@ -330,9 +340,9 @@ def _rows_gradient_kernel(
         plgpu.set_max_registers(40, action="decrease")
 
         def one(here, tile, first_key, row, steps, so_far):
-            _wait_free(here, q_empty)
-            _copy_rows(q_AK, q_RGQK, tile, _slot(here), q_full)
-            _copy_rows(dout_AV, dout_RGQV, tile, _slot(here), q_full)
+            _wait_free(here, q_empty, slots)
+            _copy_rows(q_AK, q_RGQK, tile, _slot(here, slots), q_full)
+            _copy_rows(dout_AV, dout_RGQV, tile, _slot(here, slots), q_full)
 
             @pl.loop(0, steps)
             def _step(i):
@@ -352,7 +362,7 @@ def _rows_gradient_kernel(
             rows = pl.ds(tile * TILE + wg * ROWS, ROWS)
             lse_Q = plgpu.load(lse_A.at[rows], layout=ROW, optimized=False) * LOG2E
             delta_Q = plgpu.load(delta_A.at[rows], layout=ROW, optimized=False)
-            q_slot = _slot(here)
+            q_slot = _slot(here, slots)
             plgpu.barrier_wait(q_full.at[q_slot])
 
             def kv_step(i, dq_QK):

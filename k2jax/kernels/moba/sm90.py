@@ -15,6 +15,7 @@ size, D blocks, M = D * C * R rows, J earlier blocks per row, P places of all ti
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,10 @@ from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN, choose_blocks_sm90
 from k2jax.kernels.moba.grouping import Groups, group, num_tiles
 from k2jax.kernels.moba.keys_gradient_sm90 import keys_gradient
 
-# Pairs whose gathered queries and partial results are in memory at once: at 2 * 256 bytes each 8 GiB, 12 backward.
-PAIRS = 2**24
-HEAD_SIZES = (128,)
+# Pairs whose gathered queries and partial results are in memory at once: 2 GiB at 2 * 256 bytes each, 3 backward.
+PAIRS = 2**22
+# Of queries and keys, and of values.
+HEAD_SIZES = ((64, 64), (128, 128), (192, 128))
 
 
 def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale, segmented, q_offset) -> str | None:
@@ -35,8 +37,8 @@ def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale, segme
     (_, T, _, K), S, V = q_shape, k_shape[1], v_shape[3]
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"q, k and v are {dtype}, and the kernels take bfloat16 or float16"
-    if K not in HEAD_SIZES or V not in HEAD_SIZES:
-        return f"heads of {K} and {V}: only {HEAD_SIZES} are built"
+    if (K, V) not in HEAD_SIZES:
+        return f"heads of sizes {(K, V)}: built are {HEAD_SIZES}"
     if block_size % 128:
         return f"block_size={block_size} is no multiple of 128"
     if segmented:
@@ -66,100 +68,165 @@ def moba_attention(
         raise ValueError(reason)
     C, R = block_size, H // G
     D = -(-T // C)
-    J = min(top_k - 1, D - 1)
-    settings = (float(scale), C, R, T * R, num_sms, interpret)
-    q_XMK, k_XSK, v_XSV = _rows(q_BTHK, R, D * C), _rows(k_BSGK, 1, D * C), _rows(v_BSGV, 1, D * C)
-    winner_XJM = _choose(*jax.lax.stop_gradient((q_XMK, k_XSK)), J, settings)
-    out_XMV, lse_XM, max_XR = _attention(settings, q_XMK, k_XSK, v_XSV, winner_XJM)
-
-    lse_BTH = _unrow(lse_XM, B, T, R)
+    settings = Settings(float(scale), C, R, T, D, min(top_k - 1, D - 1), num_sms, interpret)
+    out_BTHV, lse_BHT, max_BH, winner_BGJM = _attention(settings, q_BTHK, k_BSGK, v_BSGV)
     own_BHT1 = jnp.broadcast_to((jnp.arange(T, dtype=jnp.int32) // C)[:, None], (B, H, T, 1))
-    earlier_BHTJ = _unrow(winner_XJM.transpose(0, 2, 1), B, T, R).transpose(0, 2, 1, 3)
-    earlier_BHTJ = jnp.pad(earlier_BHTJ, ((0, 0),) * 3 + ((0, top_k - 1 - J),), constant_values=-1)
-    residuals = Residuals(
-        lse_BTH.transpose(0, 2, 1), max_XR.reshape(B, H), jnp.concatenate([own_BHT1, earlier_BHTJ], axis=-1)
-    )
-    return Attended(_unrow(out_XMV, B, T, R), residuals)
+    winner_BGJTR = winner_BGJM.reshape(B, G, settings.J, D * C, R)[:, :, :, :T]
+    earlier_BHTJ = winner_BGJTR.transpose(0, 1, 4, 3, 2).reshape(B, H, T, settings.J)
+    earlier_BHTJ = jnp.pad(earlier_BHTJ, ((0, 0),) * 3 + ((0, top_k - 1 - settings.J),), constant_values=-1)
+    selected_BHTJ = jnp.concatenate([own_BHT1, earlier_BHTJ], axis=-1)
+    return Attended(out_BTHV, Residuals(lse_BHT, max_BH, selected_BHTJ))
 
 
-def _rows(x_BTH, R, padded):
-    """[B, T, H, E] to [X, M, E]: the R heads of a key head side by side, T padded with zeros."""
-    B, T, H, E = x_BTH.shape
-    x_BTH = jnp.pad(x_BTH, ((0, 0), (0, padded - T), (0, 0), (0, 0)))
-    return jnp.swapaxes(x_BTH.reshape(B, padded, H // R, R, E), 1, 2).reshape(-1, padded * R, E)
+class Settings(NamedTuple):
+    """Static numbers of one call; see the legend."""
+
+    scale: float
+    C: int
+    R: int
+    T: int
+    D: int
+    J: int
+    num_sms: int | None
+    interpret: Any
+
+    @property
+    def options(self):
+        return {"num_sms": self.num_sms, "interpret": self.interpret}
 
 
-def _unrow(x_XM, B, T, R):
-    """The inverse of `_rows`."""
-    (X, M), E = x_XM.shape[:2], x_XM.shape[2:]
-    x_BGTR = x_XM.reshape(B, X // B, M // R, R, *E)[:, :, :T]
-    return jnp.swapaxes(x_BGTR, 1, 2).reshape(B, T, X // B * R, *E)
-
-
-def _choose(q_XMK, k_XSK, J, settings):
-    _, C, R, num_rows, num_sms, interpret = settings
-    (X, S, K), M = k_XSK.shape, q_XMK.shape[1]
-    if not J:
-        return jnp.zeros((X, 0, M), jnp.int32)
-    mean_XDK = jnp.mean(k_XSK.reshape(X, S // C, C, K), axis=2, dtype=jnp.float32)
-    # Rounded, as the official code does before the product.
-    mean_XDK = mean_XDK.astype(k_XSK.dtype)
-    winner_XJM = choose_blocks_sm90(q_XMK, mean_XDK, J, rows_per_block=C * R, num_sms=num_sms, interpret=interpret)
-    return jnp.where(jnp.arange(M) < num_rows, winner_XJM, -1)
+# --- all heads, a few at a time -----------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(settings, q_XMK, k_XSK, v_XSV, winner_XJM):
-    """out_XMV, and lse_XM and each query head's largest logit max_XR in float32, without a gradient."""
-    return _forward(settings, q_XMK, k_XSK, v_XSV, winner_XJM)[0]
+def _attention(settings, q_BTHK, k_BSGK, v_BSGV):
+    """out_BTHV; lse_BHT, each head's largest logit max_BH (float32) and winner_BGJM without a gradient."""
+    return _forward(settings, q_BTHK, k_BSGK, v_BSGV)[0]
 
 
-def _forward(settings, q_XMK, k_XSK, v_XSV, winner_XJM):
-    out = _by_heads(functools.partial(_forward_heads, settings), winner_XJM, q_XMK, k_XSK, v_XSV)
-    return out, (q_XMK, k_XSK, v_XSV, winner_XJM, *out[:2])
+def _forward(settings, q_BTHK, k_BSGK, v_BSGV):
+    R = settings.R
+
+    def heads(q_BTHK, k_BSGK, v_BSGV):
+        B, _, H, _ = q_BTHK.shape
+        q_XMK, k_XSK, v_XSV = (_rows(x, r, settings) for x, r in ((q_BTHK, R), (k_BSGK, 1), (v_BSGV, 1)))
+        winner_XJM = _choose(settings, q_XMK, k_XSK)
+        out_XMV, lse_XM, max_XR = _forward_heads(settings, winner_XJM, q_XMK, k_XSK, v_XSV)
+        out_BTHV, lse_BTH = (_unrow(x, R, B, settings) for x in (out_XMV, lse_XM))
+        winner_BGJM = winner_XJM.reshape(B, H // R, *winner_XJM.shape[1:])
+        return out_BTHV, lse_BTH.swapaxes(1, 2), max_XR.reshape(B, H), winner_BGJM
+
+    out = _by_heads(settings, heads, (2, 2, 2), (2, 1, 1, 1), q_BTHK, k_BSGK, v_BSGV)
+    return out, (q_BTHK, k_BSGK, v_BSGV, *out[:2], out[3])
 
 
 def _backward(settings, saved, cotangents):
-    q_XMK, k_XSK, v_XSV, winner_XJM, out_XMV, lse_XM = saved
-    delta_XM = jnp.sum(out_XMV.astype(jnp.float32) * cotangents[0].astype(jnp.float32), axis=-1)
-    rows = (q_XMK, cotangents[0].astype(q_XMK.dtype), lse_XM, delta_XM)
-    gradients = _by_heads(functools.partial(_backward_heads, settings), winner_XJM, *rows, k_XSK, v_XSV)
-    return (*gradients, None)
+    R = settings.R
+
+    def heads(q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, winner_BGJM, dout_BTHV):
+        delta_BTH = jnp.sum(out_BTHV.astype(jnp.float32) * dout_BTHV.astype(jnp.float32), axis=-1)
+        rows = (q_BTHK, dout_BTHV.astype(q_BTHK.dtype), lse_BHT.swapaxes(1, 2), delta_BTH)
+        rows = [_rows(x, R, settings) for x in rows]
+        keys = [_rows(x, 1, settings) for x in (k_BSGK, v_BSGV)]
+        winner_XJM = winner_BGJM.reshape(len(keys[0]), *winner_BGJM.shape[2:])
+        gradients = _backward_heads(settings, winner_XJM, *rows, *keys)
+        return tuple(_unrow(x, r, len(q_BTHK), settings) for x, r in zip(gradients, (R, 1, 1), strict=True))
+
+    return _by_heads(settings, heads, (2, 2, 2, 2, 1, 1, 2), (2, 2, 2), *saved, cotangents[0])
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _by_heads(fn, winner_XJM, *xs):
-    """fn(winner, *xs) for as many heads at a time as have at most PAIRS pairs."""
-    X, J, M = winner_XJM.shape
-    most = max(1, PAIRS // max(1, J * M))
-    heads = max(n for n in range(1, X + 1) if X % n == 0 and n <= most)
-    if heads == X:
-        return fn(winner_XJM, *xs)
-    split = [x.reshape(X // heads, heads, *x.shape[1:]) for x in (winner_XJM, *xs)]
-    out = jax.lax.map(lambda xs: fn(*xs), tuple(split))
-    return jax.tree.map(lambda x: x.reshape(X, *x.shape[2:]), out)
+def _by_heads(settings, fn, axes, out_axes, *xs):
+    """fn(*xs) for as many batch rows and key heads at a time as have at most PAIRS pairs.
+
+    axes, out_axes: where every argument and result has its heads; rows are on axis 0.
+    """
+    B, G = xs[0].shape[0], xs[1].shape[2]
+    pairs = max(1, settings.J * settings.D * settings.C * settings.R)
+
+    def divisor(n, most):
+        return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(1, most))
+
+    heads = divisor(G, PAIRS // pairs)
+    rows = divisor(B, PAIRS // pairs // G)
+    steps = (B // rows) * (G // heads)
+    if steps == 1:
+        return fn(*xs)
+
+    def part(x, axis, i):
+        """Start and size of step i's part."""
+        share = x.shape[axis] // G * heads
+        start = [0] * x.ndim
+        start[0], start[axis] = i // (G // heads) * rows, i % (G // heads) * share
+        return start, [rows if a == 0 else share if a == axis else n for a, n in enumerate(x.shape)]
+
+    def some(i):
+        return fn(*(jax.lax.dynamic_slice(x, *part(x, axis, i)) for x, axis in zip(xs, axes, strict=True)))
+
+    def add(i, outs):
+        new = some(i)
+        return tuple(
+            jax.lax.dynamic_update_slice(x, y, part(x, axis, i)[0])
+            for x, y, axis in zip(outs, new, out_axes, strict=True)
+        )
+
+    def whole(x, axis):
+        return jnp.zeros(
+            [B if a == 0 else n * (G // heads) if a == axis else n for a, n in enumerate(x.shape)], x.dtype
+        )
+
+    outs = tuple(whole(x, axis) for x, axis in zip(jax.eval_shape(some, 0), out_axes, strict=True))
+    return jax.lax.fori_loop(0, steps, add, outs)
 
 
-def _groups(winner_XJM, C, R) -> Groups:
-    X, J, M = winner_XJM.shape
-    D = M // (C * R)
-    pairs = X * C * R * sum(min(J, n) for n in range(D))
-    return group(winner_XJM, D, TILE, num_tiles(pairs, X * D, TILE))
+def _rows(x_BTH, R, settings):
+    """[B, T, H, ...] to [X, M, ...]: the R heads of a key head side by side, T padded with zeros."""
+    B, T, H, *E = x_BTH.shape
+    padded = settings.D * settings.C
+    x_BTH = jnp.pad(x_BTH, [(0, 0), (0, padded - T)] + [(0, 0)] * (x_BTH.ndim - 2))
+    return jnp.swapaxes(x_BTH.reshape(B, padded, H // R, R, *E), 1, 2).reshape(-1, padded * R, *E)
+
+
+def _unrow(x_XM, R, B, settings):
+    """The inverse of `_rows`."""
+    (X, M), E = x_XM.shape[:2], x_XM.shape[2:]
+    x_BGTR = x_XM.reshape(B, X // B, M // R, R, *E)[:, :, : settings.T]
+    return jnp.swapaxes(x_BGTR, 1, 2).reshape(B, settings.T, X // B * R, *E)
+
+
+# --- the heads of one step ----------------------------------------------------------------------------------------
+
+
+def _choose(settings, q_XMK, k_XSK):
+    (X, _, K), M = k_XSK.shape, q_XMK.shape[1]
+    if not settings.J:
+        return jnp.zeros((X, 0, M), jnp.int32)
+    mean_XDK = jnp.mean(k_XSK.reshape(X, settings.D, settings.C, K), axis=2, dtype=jnp.float32)
+    # Rounded, as the official code does before the product.
+    mean_XDK = mean_XDK.astype(k_XSK.dtype)
+    rows_per_block = settings.C * settings.R
+    winner_XJM = choose_blocks_sm90(q_XMK, mean_XDK, settings.J, rows_per_block=rows_per_block, **settings.options)
+    return jnp.where(jnp.arange(M) < settings.T * settings.R, winner_XJM, -1)
+
+
+def _groups(settings, winner_XJM) -> Groups:
+    X, J, _ = winner_XJM.shape
+    pairs = X * settings.C * settings.R * sum(min(J, n) for n in range(settings.D))
+    return group(winner_XJM, settings.D, TILE, num_tiles(pairs, X * settings.D, TILE))
 
 
 def _forward_heads(settings, winner_XJM, q_XMK, k_XSK, v_XSV):
-    scale, C, R, num_rows, num_sms, interpret = settings
     X, J, M = winner_XJM.shape
-    options = {"num_sms": num_sms, "interpret": interpret}
+    scale, C, R = settings.scale, settings.C, settings.R
     q_AK, k_SK, v_SV = (x.reshape(-1, x.shape[-1]) for x in (q_XMK, k_XSK, v_XSV))
-    out_AV, lse_A, max_A = attend(Tiles(C, R), scale, q_AK, k_SK, v_SV, **options)
-    max_XR = jnp.max(max_A.reshape(X, M)[:, :num_rows].reshape(X, -1, R), axis=1)
+    out_AV, lse_A, max_A = attend(Tiles(C, R), scale, q_AK, k_SK, v_SV, **settings.options)
+    max_XR = jnp.max(max_A.reshape(X, M)[:, : settings.T * R].reshape(X, -1, R), axis=1)
     if J:
-        groups = _groups(winner_XJM, C, R)
+        groups = _groups(settings, winner_XJM)
         q_PK = _gather(q_AK, groups.row_P)
-        far = attend(Tiles(C), scale, q_PK, k_SK, v_SV, groups.block_Y, groups.used_1, **options)
+        far = attend(Tiles(C), scale, q_PK, k_SK, v_SV, groups.block_Y, groups.used_1, **settings.options)
         place_JA = groups.place_XJM.swapaxes(0, 1).reshape(J, -1)
         out_AV, lse_A = _join(out_AV, lse_A, *far[:2], place_JA)
         max_XR = jnp.maximum(max_XR, _largest(far[2], groups.row_P, X, M, R))
@@ -188,15 +255,14 @@ def _largest(max_P, row_P, X, M, R):
 
 
 def _backward_heads(settings, winner_XJM, q_XMK, dout_XMV, lse_XM, delta_XM, k_XSK, v_XSV):
-    scale, C, R, _, num_sms, interpret = settings
     X, J, M = winner_XJM.shape
-    options = {"num_sms": num_sms, "interpret": interpret}
+    scale, C, R = settings.scale, settings.C, settings.R
     k_SK, v_SV = (x.reshape(-1, x.shape[-1]) for x in (k_XSK, v_XSV))
     own = (q_XMK.reshape(X * M, -1), dout_XMV.reshape(X * M, -1), lse_XM.reshape(-1), delta_XM.reshape(-1))
-    dq_AK = rows_gradient(Tiles(C, R), scale, *own, k_SK, v_SV, **options)
-    chosen, span_Z2 = None, jnp.zeros((X * (M // (C * R)), 2), jnp.int32)
+    dq_AK = rows_gradient(Tiles(C, R), scale, *own, k_SK, v_SV, **settings.options)
+    chosen, span_Z2 = None, jnp.zeros((X * settings.D, 2), jnp.int32)
     if J:
-        groups = _groups(winner_XJM, C, R)
+        groups = _groups(settings, winner_XJM)
         span_Z2 = groups.span_Z2
         q_AK, dout_AV, lse_A, delta_A = own
         chosen = (
@@ -205,14 +271,16 @@ def _backward_heads(settings, winner_XJM, q_XMK, dout_XMV, lse_XM, delta_XM, k_X
             jnp.where(groups.row_P < 0, jnp.inf, lse_A[groups.row_P]),  # probability 0 at empty places
             delta_A[groups.row_P],
         )
-        dq_PK = rows_gradient(Tiles(C), scale, *chosen, k_SK, v_SV, groups.block_Y, groups.used_1, **options)
+        tables = (groups.block_Y, groups.used_1)
+        dq_PK = rows_gradient(Tiles(C), scale, *chosen, k_SK, v_SV, *tables, **settings.options)
         dq_AK = dq_AK.astype(jnp.float32)
         for place_A in groups.place_XJM.swapaxes(0, 1).reshape(J, -1):
             dq_AK += _gather(dq_PK, place_A)
         dq_AK = dq_AK.astype(q_XMK.dtype)
     dk_SK, dv_SV = keys_gradient(
-        scale, k_SK, v_SV, own, chosen, span_Z2, block_size=C, heads_per_key=R, num_heads=X, interpret=interpret
-    )
+        scale, k_SK, v_SV, own, chosen, span_Z2, block_size=C, heads_per_key=R, num_heads=X,
+        interpret=settings.interpret,
+    )  # fmt: skip
     return dq_AK.reshape(q_XMK.shape), dk_SK.reshape(k_XSK.shape), dv_SV.reshape(v_XSV.shape)
 
 
