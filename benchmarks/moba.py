@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import record
+from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.reference import masked_attention
+from k2jax.kernels.attention.tiles_sm90 import attend, rows_gradient
 from k2jax.kernels.moba import reference, sm90
-from k2jax.kernels.moba.attend_sm90 import Tiles, attend, rows_gradient
-from k2jax.kernels.moba.keys_gradient_sm90 import keys_gradient
 
 # name: batch, tokens, query heads, key heads, block size, top k
 CHECKS = {
@@ -169,50 +169,35 @@ def dense_peers() -> dict:
 def stages(B, T, H, G, C, top_k) -> dict[str, float]:
     """Milliseconds of every stage alone, on random inputs."""
     q, k, v, dout = inputs(B, T, H, G)
-    R, M, X, J = H // G, T * H // G, B * G, top_k - 1
-    settings = sm90.Settings(SCALE, C, R, T, T // C, J, None, None)
-    rows = jax.jit(lambda x: sm90._rows(x, x.shape[2] // G, settings))
-    found = {"transpose q": median_ms(rows, q)}
-    q_XMK, k_XSK, v_XSV, dout_XMV = (rows(x) for x in (q, k, v, dout))
-    del q, k, v, dout
-    choose = jax.jit(lambda q, k: sm90._choose(settings, q, k))
-    found["means, gate, top-k"] = median_ms(choose, q_XMK, k_XSK)
-    winner = choose(q_XMK, k_XSK)
-    grouping = jax.jit(lambda winner: sm90._groups(settings, winner))
+    settings = sm90.Settings(SCALE, C, H // G, T // C, top_k - 1, None, None)
+    choose = jax.jit(functools.partial(sm90._choose, settings))
+    found = {"means, gate, top-k": median_ms(choose, q, k)}
+    winner = choose(q, k)
+    grouping = jax.jit(functools.partial(sm90._groups, settings))
     found["grouping"] = median_ms(grouping, winner)
     groups = grouping(winner)
-    flat = [x.reshape(-1, x.shape[-1]) for x in (q_XMK, k_XSK, v_XSV, dout_XMV)]
-    gather = jax.jit(sm90._gather)
-    found["gather q"] = median_ms(gather, flat[0], groups.row_P)
-    q_PK, dout_PV = gather(flat[0], groups.row_P), gather(flat[3], groups.row_P)
-    own = jax.jit(lambda q, k, v: attend(Tiles(C, R), SCALE, q, k, v))
-    found["own blocks"] = median_ms(own, *flat[:3])
-    own_out = own(*flat[:3])
-    far = jax.jit(lambda q, k, v, block, used: attend(Tiles(C), SCALE, q, k, v, block, used))
-    found["chosen blocks"] = median_ms(far, q_PK, *flat[1:3], groups.block_Y, groups.used_1)
-    far_out = far(q_PK, *flat[1:3], groups.block_Y, groups.used_1)
-    place_JA = groups.place_XJM.swapaxes(0, 1).reshape(J, -1)
+    gather = jax.jit(sm90._gather_queries)
+    found["gather q"] = median_ms(gather, q, groups.row_P)
+    q_PK, dout_PV = gather(q, groups.row_P), gather(dout, groups.row_P)
+    own = jax.jit(functools.partial(attend, SCALE, C))
+    found["own blocks"] = median_ms(own, q, k, v)
+    own_out = own(q, k, v)
+    far = jax.jit(functools.partial(attend, SCALE, C))
+    found["chosen blocks"] = median_ms(far, q_PK, k, v, groups.block_Y, groups.used_1)
+    far_out = far(q_PK, k, v, groups.block_Y, groups.used_1)
     join = jax.jit(sm90._join)
-    found["join"] = median_ms(join, *own_out[:2], *far_out[:2], place_JA)
-    largest = jax.jit(lambda max_P, row_P: sm90._largest(max_P, row_P, X, M, R))
+    found["join"] = median_ms(join, *own_out[:2], *far_out[:2], groups.place_BHJT)
+    largest = jax.jit(lambda max_P, row_P: sm90._largest(settings, max_P, row_P, winner.shape))
     found["max logits"] = median_ms(largest, far_out[2], groups.row_P)
-    _, lse = join(*own_out[:2], *far_out[:2], place_JA)
+    _, lse = join(*own_out[:2], *far_out[:2], groups.place_BHJT)
     del far_out
-    delta = jnp.zeros_like(lse)
-    vectors = jax.jit(lambda x, row_P: x[row_P])
-    found["gather lse"] = median_ms(vectors, lse, groups.row_P)
-    lse_P = jnp.where(groups.row_P < 0, jnp.inf, lse[groups.row_P])
-    chosen, mine = (q_PK, dout_PV, lse_P, jnp.zeros_like(lse_P)), (flat[0], flat[3], lse, delta)
-    dq_far = jax.jit(lambda rows, k, v, block, used: rows_gradient(Tiles(C), SCALE, *rows, k, v, block, used))
-    found["dq, chosen"] = median_ms(dq_far, chosen, *flat[1:3], groups.block_Y, groups.used_1)
-    dq_own = jax.jit(lambda rows, k, v: rows_gradient(Tiles(C, R), SCALE, *rows, k, v))
-    found["dq, own"] = median_ms(dq_own, mine, *flat[1:3])
-    dkv = jax.jit(
-        lambda k, v, own, chosen, span: keys_gradient(
-            SCALE, k, v, own, chosen, span, block_size=C, heads_per_key=R, num_heads=X
-        )
-    )
-    found["dk and dv"] = median_ms(dkv, *flat[1:3], mine, chosen, groups.span_Z2)
+    lse_P = jnp.where(groups.row_P < 0, jnp.inf, lse.reshape(-1)[groups.row_P])
+    chosen, mine = (q_PK, dout_PV, lse_P, jnp.zeros_like(lse_P)), (q, dout, lse, jnp.zeros_like(lse))
+    dq = jax.jit(functools.partial(rows_gradient, SCALE, C))
+    found["dq, chosen"] = median_ms(dq, *chosen, k, v, groups.block_Y, groups.used_1)
+    found["dq, own"] = median_ms(dq, *mine, k, v)
+    dkv = jax.jit(functools.partial(keys_gradient, SCALE, C))
+    found["dk and dv"] = median_ms(dkv, mine, k, v, chosen, groups.span_Z2)
     return found
 
 

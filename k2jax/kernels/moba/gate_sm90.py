@@ -5,8 +5,8 @@ A persistent grid over tiles of 128 rows. One warpgroup starts copies; each of t
 chosen number of maxima, lowest block first among equals, and inserts each into the list behind what is equal there: the
 blocks come in rising order, so a lower block always wins a tie, as in `blocks.choose`.
 
-Legend: X heads, M rows, N blocks (padded), J chosen blocks, K query/key size, Q rows of a warpgroup, G warpgroups,
-R ring slots, W blocks of a step.
+Legend: B batch, T queries, H query heads, G key heads, D blocks, J chosen blocks, K query/key size, Q rows of a
+warpgroup, W warpgroups, N blocks of a step, R ring slots.
 """
 
 import functools
@@ -17,95 +17,101 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from k2jax.kernels.moba.attend_sm90 import CONSUMERS, PRODUCER, ROW, ROWS, TILE, TRANSFORMS
+from k2jax.kernels.attention.tiles_sm90 import (
+    CONSUMERS,
+    PRODUCER,
+    ROW,
+    ROWS,
+    SLOTS,
+    TILE,
+    TRANSFORMS,
+    padded,
+    slot_of,
+    wait_free,
+)
 
 STEP = 128  # blocks scored at a time
-SLOTS = 2
 # The list takes a few registers for each block, beside 64 for the scores.
 MAX_CHOSEN = 15
 
 
-def choose_blocks_sm90(q_XMK, mean_key_XNK, num_chosen, *, rows_per_block, num_sms=None, interpret=None):
-    """The best earlier blocks of each row by the inner product with the blocks' mean keys.
+def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, *, block_size, num_sms=None, interpret=None):
+    """The best earlier blocks of each query by the inner product with the blocks' mean keys.
 
     Args:
-      q_XMK, mean_key_XNK: bfloat16 or float16, products added in float32; M a multiple of 128, K of 64.
+      q_BTHK, mean_key_BDGK: bfloat16 or float16, products added in float32; K a multiple of 64.
       num_chosen: J, 1 to MAX_CHOSEN.
-      rows_per_block: row m may choose a block below m // rows_per_block.
-      num_sms, interpret: as in `attend_sm90.attend`.
+      block_size: the query at t may choose a block below t // block_size.
+      num_sms, interpret: as in `tiles_sm90.attend`.
 
-    Returns: int32 winner_XJM, the best block first, the lowest of equal ones; -1 where there are fewer. A score that is
-      no number is never chosen.
+    Returns: int32 winner_BHJT with T rounded up to a tile, the best block first, the lowest of equal ones; -1 where
+      there are fewer. A score that is no number is never chosen. What is behind T means nothing.
     """
-    (X, M, K), N = q_XMK.shape, mean_key_XNK.shape[1]
-    mean_key_XNK = jnp.pad(mean_key_XNK, ((0, 0), (0, -N % STEP), (0, 0)))
-    dtype = q_XMK.dtype
-    scratch = {
-        "q_RGQK": plgpu.SMEM((SLOTS, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
-        "mean_RWK": plgpu.SMEM((SLOTS, STEP, K), dtype, transforms=TRANSFORMS),
-        "winner_GJQ": plgpu.SMEM((CONSUMERS, num_chosen, ROWS), jnp.int32),
-        "q_full": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
-        "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
-        "full": plgpu.Barrier(num_barriers=SLOTS),
-        "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
-    }
+    (B, T, H, K), dtype = q_BTHK.shape, q_BTHK.dtype
+    # Copies of blocks behind the last one read zeros, but not less than they have room for.
+    missing = max(0, STEP - mean_key_BDGK.shape[1])
+    mean_key_BDGK = jnp.pad(mean_key_BDGK, ((0, 0), (0, missing), (0, 0), (0, 0)))
     kernel = plgpu.kernel(
-        functools.partial(_kernel, rows_per_block=rows_per_block),
-        out_type=jax.ShapeDtypeStruct((X, num_chosen, M), jnp.int32),
+        functools.partial(_kernel, block_size=block_size),
+        out_type=jax.ShapeDtypeStruct((B, H, num_chosen, padded(T)), jnp.int32),
         grid=(jax.devices()[0].core_count if num_sms is None else num_sms,),
         grid_names=("sm",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
-        scratch_types=scratch,
+        scratch_types={
+            "q_RWQK": plgpu.SMEM((SLOTS, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
+            "mean_RNK": plgpu.SMEM((SLOTS, STEP, K), dtype, transforms=TRANSFORMS),
+            "winner_WJQ": plgpu.SMEM((CONSUMERS, num_chosen, ROWS), jnp.int32),
+            "q_full": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+            "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+            "full": plgpu.Barrier(num_barriers=SLOTS),
+            "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+        },
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel(q_XMK, mean_key_XNK)
+    return kernel(q_BTHK, mean_key_BDGK)
 
 
-def _kernel(q_XMK, mean_XNK, winner_XJM, *, rows_per_block, q_RGQK, mean_RWK, winner_GJQ, q_full, q_empty, full, empty):
+def _kernel(q_BTHK, mean_BDGK, winner_BHJT, *, block_size, q_RWQK, mean_RNK, winner_WJQ, q_full, q_empty, full, empty):
     wg = lax.axis_index("wg")
-    num_heads, num_tiles = q_XMK.shape[0], q_XMK.shape[1] // TILE
+    (B, H), num_tiles = winner_BHJT.shape[:2], winner_BHJT.shape[3] // TILE
+    heads_per_key = H // mean_BDGK.shape[2]
     first, stride = lax.axis_index("sm"), lax.axis_size("sm")
-    num_mine = lax.div(num_heads * num_tiles - 1 - first, jnp.int32(stride)) + 1
+    num_mine = lax.div(B * H * num_tiles - 1 - first, jnp.int32(stride)) + 1
 
     def walk(body):
-        """body(number here, head, first row, steps, steps so far); the longest tiles first, all heads side by side."""
+        """body(number here, batch, head, first row, steps, steps so far); the longest tiles first, heads in turn."""
 
         def one(here, so_far):
             number = first + here * stride
-            head = lax.rem(number, jnp.int32(num_heads))
-            row = (num_tiles - 1 - lax.div(number, jnp.int32(num_heads))) * TILE
-            num_candidates = lax.div(row + (TILE - 1), jnp.int32(rows_per_block))
+            batch_head = lax.rem(number, jnp.int32(B * H))
+            batch, head = lax.div(batch_head, jnp.int32(H)), lax.rem(batch_head, jnp.int32(H))
+            row = (num_tiles - 1 - lax.div(number, jnp.int32(B * H))) * TILE
+            num_candidates = lax.div(row + (TILE - 1), jnp.int32(block_size))
             steps = lax.div(num_candidates + (STEP - 1), jnp.int32(STEP))
-            body(here, head, row, steps, so_far)
+            body(here, batch, head, row, steps, so_far)
             return so_far + steps
 
         lax.fori_loop(0, num_mine, one, jnp.int32(0))
-
-    def slot_of(number):
-        return lax.rem(number, jnp.int32(SLOTS))
-
-    def wait_free(number, barrier):
-        @pl.when(number >= SLOTS)
-        def _():
-            plgpu.barrier_wait(barrier.at[slot_of(number)])
 
     @pl.when(wg == PRODUCER)
     def _produce():
         plgpu.set_max_registers(40, action="decrease")
 
-        def one(here, head, row, steps, so_far):
+        def one(here, batch, head, row, steps, so_far):
+            slot = slot_of(here)
             wait_free(here, q_empty)
             for i in range(CONSUMERS):
                 rows = pl.ds(row + i * ROWS, ROWS)
-                plgpu.copy_gmem_to_smem(q_XMK.at[head, rows], q_RGQK.at[slot_of(here), i], q_full.at[slot_of(here)])
+                plgpu.copy_gmem_to_smem(q_BTHK.at[batch, rows, head], q_RWQK.at[slot, i], q_full.at[slot])
+            key_head = lax.div(head, jnp.int32(heads_per_key))
 
             @pl.loop(0, steps)
             def _step(i):
-                slot = slot_of(so_far + i)
+                slot, blocks = slot_of(so_far + i), pl.ds(i * STEP, STEP)
                 wait_free(so_far + i, empty)
-                plgpu.copy_gmem_to_smem(mean_XNK.at[head, pl.ds(i * STEP, STEP)], mean_RWK.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(mean_BDGK.at[batch, blocks, key_head], mean_RNK.at[slot], full.at[slot])
 
         walk(one)
 
@@ -113,7 +119,7 @@ def _kernel(q_XMK, mean_XNK, winner_XJM, *, rows_per_block, q_RGQK, mean_RWK, wi
     def _consume():
         plgpu.set_max_registers(232, action="increase")
 
-        def one(here, head, row, steps, so_far):
+        def one(here, batch, head, row, steps, so_far):
             row, q_slot = row + wg * ROWS, slot_of(here)
             plgpu.barrier_wait(q_full.at[q_slot])
 
@@ -121,23 +127,23 @@ def _kernel(q_XMK, mean_XNK, winner_XJM, *, rows_per_block, q_RGQK, mean_RWK, wi
                 slot = slot_of(so_far + i)
                 plgpu.barrier_wait(full.at[slot])
 
-                def product(acc_QW):
-                    plgpu.wgmma(acc_QW, q_RGQK.at[q_slot, wg], mean_RWK.at[slot].transpose((1, 0)))
-                    return acc_QW[...]
+                def product(acc_QN):
+                    plgpu.wgmma(acc_QN, q_RWQK.at[q_slot, wg], mean_RNK.at[slot].transpose((1, 0)))
+                    return acc_QN[...]
 
-                score_QW = pl.run_scoped(product, plgpu.ACC((ROWS, STEP), jnp.float32))
+                score_QN = pl.run_scoped(product, plgpu.ACC((ROWS, STEP), jnp.float32))
                 plgpu.barrier_arrive(empty.at[slot])
-                return _best_of(score_QW, best, row, i * STEP, rows_per_block)
+                return _best_of(score_QN, best, row, i * STEP, block_size)
 
-            nothing = tuple((_row(-jnp.inf), _row(-1.0)) for _ in range(winner_GJQ.shape[1]))
+            nothing = tuple((_row(-jnp.inf), _row(-1.0)) for _ in range(winner_WJQ.shape[1]))
             best = lax.fori_loop(0, steps, step, nothing)
             plgpu.barrier_arrive(q_empty.at[q_slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for j, (_, block_Q) in enumerate(best):
-                winner_GJQ.at[wg, j][...] = block_Q.astype(jnp.int32)
+                winner_WJQ.at[wg, j][...] = block_Q.astype(jnp.int32)
             plgpu.commit_smem()
             for j in range(len(best)):
-                plgpu.copy_smem_to_gmem(winner_GJQ.at[wg, j], winner_XJM.at[head, j, pl.ds(row, ROWS)])
+                plgpu.copy_smem_to_gmem(winner_WJQ.at[wg, j], winner_BHJT.at[batch, head, j, pl.ds(row, ROWS)])
 
         walk(one)
         plgpu.wait_smem_to_gmem(0)
@@ -147,22 +153,22 @@ def _row(value):
     return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW)
 
 
-def _best_of(score_QW, best, row, first_block, rows_per_block):
+def _best_of(score_QN, best, row, first_block, block_size):
     """The sorted list (score, block) of each row after another STEP blocks. float32 holds every block."""
-    shape = score_QW.shape
-    row_QW = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-    column_QW = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    shape = score_QN.shape
+    row_QN = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+    column_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
     # A block is earlier than a row's own if its first row and a whole block more lie at or before the row.
-    candidate_QW = row_QW + row >= (column_QW + (first_block + 1)) * rows_per_block
+    candidate_QN = row_QN + row >= (column_QN + (first_block + 1)) * block_size
     # A comparison is false for what is no number.
-    score_QW = jnp.where(candidate_QW & (score_QW > -jnp.inf), score_QW, -jnp.inf)
+    score_QN = jnp.where(candidate_QN & (score_QN > -jnp.inf), score_QN, -jnp.inf)
     # Negative, because the largest is what a reduction finds.
-    minus_QW = -(column_QW + first_block).astype(jnp.float32)
+    minus_QN = -(column_QN + first_block).astype(jnp.float32)
     for _ in best:
-        score_Q = score_QW.max(axis=1)
-        is_best_QW = score_QW == lax.broadcast_in_dim(score_Q, shape, [0])
-        minus_Q = jnp.where(is_best_QW, minus_QW, -jnp.inf).max(axis=1)
-        score_QW = jnp.where(minus_QW == lax.broadcast_in_dim(minus_Q, shape, [0]), -jnp.inf, score_QW)
+        score_Q = score_QN.max(axis=1)
+        is_best_QN = score_QN == lax.broadcast_in_dim(score_Q, shape, [0])
+        minus_Q = jnp.where(is_best_QN, minus_QN, -jnp.inf).max(axis=1)
+        score_QN = jnp.where(minus_QN == lax.broadcast_in_dim(minus_Q, shape, [0]), -jnp.inf, score_QN)
         block_Q = -minus_Q
         new = []
         for have_Q, have_block_Q in best:

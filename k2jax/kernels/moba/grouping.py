@@ -1,11 +1,11 @@
-"""Sorts (row, chosen block) pairs by block and cuts each block's rows into tiles: what the Hopper kernels walk over.
+"""Sorts (query, chosen block) pairs by block and cuts each block's queries into tiles, as the Hopper kernels walk them.
 
 One stable sort of a 32-bit key does it for all heads at once; everything else is arithmetic on the sorted order. A tile
-is `L` places with rows of one block, and the tiles of all blocks lie one after the other, so their number is bounded by
-the pairs plus one incomplete tile per block.
+is `L` places with queries of one block, and the tiles of all blocks lie one after the other, so their number is bounded
+by the pairs plus one incomplete tile per block.
 
-Legend: X batch * key heads, M rows (queries times query heads per key head), J chosen earlier blocks per row, D blocks
-per head, Z = X * D blocks, I = X * J * M pairs, L rows of a tile, Y tiles, P = Y * L places.
+Legend: B batch, T queries, H query heads, G key heads, J chosen earlier blocks per query, D blocks per key head,
+Z = B * G * D blocks, I = B * H * J * T pairs, L rows of a tile, Y tiles, P = Y * L places.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 
 class Groups(NamedTuple):
-    """Where every pair's row lies among the tiles."""
+    """Where every pair's query lies among the tiles."""
 
-    place_XJM: jax.Array  # of each pair, P where the row has no such pair
-    row_P: jax.Array  # the row x * M + m at each place, -1 where the place is empty
-    block_Y: jax.Array  # of each tile, x * D + n; of those past the last one: meaningless
+    place_BHJT: jax.Array  # of each pair, P where the query has no such pair
+    row_P: jax.Array  # the query (b * H + h) * T + t at each place, -1 where the place is empty
+    block_Y: jax.Array  # of each tile, (b * G + g) * D + n; of those past the last one: meaningless
     used_1: jax.Array  # how many tiles there are
-    span_Z2: jax.Array  # of each block, its first place and its number of rows
+    span_Z2: jax.Array  # of each block, its first place and its number of queries
 
 
 def num_tiles(num_pairs: int, num_blocks: int, L: int) -> int:
@@ -29,19 +29,20 @@ def num_tiles(num_pairs: int, num_blocks: int, L: int) -> int:
     return (num_pairs + num_blocks * (L - 1)) // L
 
 
-def group(winner_XJM, num_blocks: int, L: int, Y: int) -> Groups:
-    """Groups rows by the block that they chose.
+def group(winner_BHJT, heads_per_key: int, num_blocks: int, L: int, Y: int) -> Groups:
+    """Groups queries by the block that they chose.
 
     Args:
-      winner_XJM: int32 block of each pair, -1 for none.
+      winner_BHJT: int32 block of each pair, -1 for none.
+      heads_per_key: H // G.
       num_blocks: D.
       L: rows of a tile.
       Y: tiles; at least `num_tiles` of the pairs that are not -1.
     """
-    X, J, M = winner_XJM.shape
-    Z, P = X * num_blocks, Y * L
-    head_X11 = jnp.arange(X, dtype=jnp.int32)[:, None, None]
-    key_I = jnp.where(winner_XJM < 0, Z, head_X11 * num_blocks + winner_XJM).reshape(-1)
+    B, H, J, T = winner_BHJT.shape
+    Z, P = B * H // heads_per_key * num_blocks, Y * L
+    key_head_BH = jnp.arange(B * H, dtype=jnp.int32).reshape(B, H) // heads_per_key
+    key_I = jnp.where(winner_BHJT < 0, Z, key_head_BH[..., None, None] * num_blocks + winner_BHJT).reshape(-1)
     key_I, pair_I = jax.lax.sort((key_I, jnp.arange(key_I.size, dtype=jnp.int32)), num_keys=1, is_stable=True)
     start_Z1 = jnp.searchsorted(key_I, jnp.arange(Z + 1, dtype=jnp.int32)).astype(jnp.int32)
     start_Z, size_Z = start_Z1[:-1], jnp.diff(start_Z1)
@@ -58,6 +59,7 @@ def group(winner_XJM, num_blocks: int, L: int, Y: int) -> Groups:
     block_P = jnp.broadcast_to(block_Y[:, None], (Y, L)).reshape(P)
     order_P = jnp.arange(P, dtype=jnp.int32) - shift_Z[block_P]
     pair_P = pair_I[jnp.minimum(order_P, key_I.size - 1)]
-    row_P = pair_P // (J * M) * M + pair_P % M
+    row_P = pair_P // (J * T) * T + pair_P % T
     row_P = jnp.where(order_P < start_Z[block_P] + size_Z[block_P], row_P, -1)
-    return Groups(place_I.reshape(X, J, M), row_P, block_Y, end_Z[-1:], jnp.stack([first_place_Z, size_Z], axis=1))
+    span_Z2 = jnp.stack([first_place_Z, size_Z], axis=1)
+    return Groups(place_I.reshape(B, H, J, T), row_P, block_Y, end_Z[-1:], span_Z2)

@@ -1,0 +1,186 @@
+"""The gradient of keys and values for Hopper, in Pallas Mosaic GPU: every row that read a block, in one sum.
+
+A block of the GPU takes 128 keys and values, half of them for each of two warpgroups, and keeps their gradients in
+registers while a third warpgroup streams the rows past them, 64 at a time: those that chose the keys' block, which the
+caller has gathered, then the block's own of every query head, which see it causally. Nothing is added in memory, so the
+order of every sum is fixed. Probabilities are recomputed from the rows' log-sum-exp (FlashAttention-2, arXiv
+2307.08691, section 3.1.2).
+
+Legend: B batch, T queries = S keys, H query heads, G key heads, P gathered rows, K query/key size, V value size, C keys
+of a block, D blocks, Z = B * G * D, N keys of a warpgroup, W warpgroups, Q rows of a step, R ring slots.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS
+
+KEYS = 64  # of a warpgroup
+UNIT = KEYS * CONSUMERS
+ROWS = 64  # of a step
+SLOTS = 3
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, chosen=None, span_Z2=None, *, interpret=None):
+    """dk and dv, summed over all rows that read a key.
+
+    Args:
+      scale, block_size: as in `tiles_sm90.attend`.
+      own: (q_BTHK, dout_BTHV, lse, delta), as for `tiles_sm90.rows_gradient`: every row reads its own block.
+      k_BSGK, v_BSGV: bfloat16 or float16.
+      chosen: the same of rows that chose a block, gathered: (q_PK, dout_PV, lse_P, delta_P). lse is +inf for a row that
+        is none, and a block's rows are followed by such rows up to a multiple of 64.
+      span_Z2: int32, of each block (b * G + g) * D + n its first gathered row, a multiple of 64, and their number.
+      interpret: as in `tiles_sm90.attend`.
+
+    Returns: dk_BSGK, dv_BSGV.
+    """
+    (B, S, G, K), V, dtype = k_BSGK.shape, v_BSGV.shape[-1], k_BSGK.dtype
+    chosen = () if chosen is None else (span_Z2, *chosen)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, scale=scale, block_size=block_size),
+        out_type=(jax.ShapeDtypeStruct(k_BSGK.shape, dtype), jax.ShapeDtypeStruct(v_BSGV.shape, dtype)),
+        # The last axis is the slowest. Early keys are read by most rows, so they start first.
+        grid=(B * G, -(-S // UNIT)),
+        grid_names=("head", "unit"),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        interpret=interpret,
+        scratch_types={
+            "k_WNK": plgpu.SMEM((CONSUMERS, KEYS, K), dtype, transforms=TRANSFORMS),
+            "v_WNV": plgpu.SMEM((CONSUMERS, KEYS, V), dtype, transforms=TRANSFORMS),
+            "q_RQK": plgpu.SMEM((SLOTS, ROWS, K), dtype, transforms=TRANSFORMS),
+            "dout_RQV": plgpu.SMEM((SLOTS, ROWS, V), dtype, transforms=TRANSFORMS),
+            "lse_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
+            "delta_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
+            "kv_full": plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
+            "full": plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
+            "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+        },
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )
+    return kernel(k_BSGK, v_BSGV, *own, *chosen)
+
+
+def _kernel(
+    k_BSGK, v_BSGV, *refs, scale, block_size, k_WNK, v_WNV, q_RQK, dout_RQV, lse_RQ, delta_RQ, kv_full, full, empty
+):
+    *rows, dk_BSGK, dv_BSGV = refs
+    own, (span_Z2, *chosen) = rows[:4], rows[4:] or (None,)
+    S, G = k_BSGK.shape[1:3]
+    num_own_heads, num_blocks = own[0].shape[2] // G, -(-S // block_size)
+    wg = lax.axis_index("wg")
+    batch, key_head = (op(lax.axis_index("head"), jnp.int32(G)) for op in (lax.div, lax.rem))
+    unit = lax.axis_index("unit") * UNIT
+    block = lax.div(unit, jnp.int32(block_size))
+    dtype = k_BSGK.dtype
+
+    # Own rows before the unit's first key see none of its keys; from its last key on, they see all of them.
+    block_end = jnp.minimum((block + 1) * block_size, S)
+    own_steps = lax.div(block_end - unit + (ROWS - 1), jnp.int32(ROWS))
+    masked_steps = jnp.minimum(UNIT // ROWS, own_steps)
+    if chosen:
+        span = lax.axis_index("head") * num_blocks + block
+        chosen_steps = lax.div(span_Z2[span, 1] + (ROWS - 1), jnp.int32(ROWS))
+    else:
+        chosen_steps = jnp.int32(0)
+
+    def keys_of(array, i):
+        return array.at[batch, pl.ds(unit + i * KEYS, KEYS), key_head]
+
+    @pl.when(wg == PRODUCER)
+    def _produce():
+        plgpu.set_max_registers(40, action="decrease")
+        for i in range(CONSUMERS):
+            plgpu.copy_gmem_to_smem(keys_of(k_BSGK, i), k_WNK.at[i], kv_full.at[i])
+            plgpu.copy_gmem_to_smem(keys_of(v_BSGV, i), v_WNV.at[i], kv_full.at[i])
+
+        def stream(arrays, rows_of, steps, so_far):
+            @pl.loop(0, steps)
+            def _step(i):
+                slot = lax.rem(so_far + i, jnp.int32(SLOTS))
+
+                @pl.when(so_far + i >= SLOTS)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                for array, ring in zip(arrays, (q_RQK, dout_RQV, lse_RQ, delta_RQ), strict=True):
+                    plgpu.copy_gmem_to_smem(rows_of(array, i * ROWS), ring.at[slot], full.at[slot])
+
+        if chosen:
+            stream(chosen, lambda x, row: x.at[pl.ds(span_Z2[span, 0] + row, ROWS)], chosen_steps, jnp.int32(0))
+
+        @pl.loop(0, num_own_heads)
+        def _own_head(r):
+            head = key_head * num_own_heads + r
+
+            def rows_of(array, row):
+                rows = pl.ds(unit + row, ROWS)
+                return array.at[batch, rows, head] if len(array.shape) == 4 else array.at[batch, head, rows]
+
+            stream(own, rows_of, own_steps, chosen_steps + r * own_steps)
+
+    @pl.when(wg < CONSUMERS)
+    def _consume():
+        plgpu.set_max_registers(232, action="increase")
+        plgpu.barrier_wait(kv_full.at[wg])
+        k_NK, v_NV = k_WNK.at[wg], v_WNV.at[wg]
+
+        def step(i, dk_NK, dv_NV, so_far, masked):
+            """Adds 64 rows. masked: they begin i * 64 behind the unit's first key."""
+            slot = lax.rem(so_far + i, jnp.int32(SLOTS))
+            plgpu.barrier_wait(full.at[slot])
+
+            def logits(acc_NQ):
+                plgpu.wgmma(acc_NQ, k_NK, q_RQK.at[slot].transpose((1, 0)))
+                return acc_NQ[...]
+
+            s_NQ = pl.run_scoped(logits, plgpu.ACC((KEYS, ROWS), jnp.float32))
+            lse_Q = plgpu.load(lse_RQ.at[slot], layout=COLUMN) * LOG2E
+            delta_Q = plgpu.load(delta_RQ.at[slot], layout=COLUMN)
+            p_NQ = jnp.exp2(s_NQ * (scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
+            if masked:
+                key_NQ = plgpu.broadcasted_iota(jnp.int32, s_NQ.shape, 0, layout=plgpu.Layout.WGMMA)
+                row_NQ = plgpu.broadcasted_iota(jnp.int32, s_NQ.shape, 1, layout=plgpu.Layout.WGMMA)
+                p_NQ = jnp.where(row_NQ + i * ROWS >= key_NQ + wg * KEYS, p_NQ, 0.0)
+
+            def chances(dp_NQ):
+                plgpu.wgmma(dp_NQ, v_NV, dout_RQV.at[slot].transpose((1, 0)))
+                plgpu.wgmma(dv_NV, p_NQ.astype(dtype), dout_RQV.at[slot])
+                return plgpu.wgmma_accumulator_load(dp_NQ, wait_n=1)  # While the second product still runs.
+
+            dp_NQ = pl.run_scoped(chances, plgpu.ACC((KEYS, ROWS), jnp.float32))
+            ds_NQ = p_NQ * (dp_NQ - lax.broadcast_in_dim(delta_Q, dp_NQ.shape, [1]))
+            plgpu.wgmma(dk_NK, ds_NQ.astype(dtype), q_RQK.at[slot])
+            # The vectors were read by ordinary loads, which this orders before the copy that overwrites them.
+            plgpu.commit_smem()
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(empty.at[slot])
+
+        def all_steps(dk_NK, dv_NV):
+            add = functools.partial(step, dk_NK=dk_NK, dv_NV=dv_NV)
+            if chosen:
+                pl.loop(0, chosen_steps)(functools.partial(add, so_far=jnp.int32(0), masked=False))
+
+            @pl.loop(0, num_own_heads)
+            def _own_head(r):
+                so_far = chosen_steps + r * own_steps
+                pl.loop(0, masked_steps)(functools.partial(add, so_far=so_far, masked=True))
+                pl.loop(masked_steps, own_steps)(functools.partial(add, so_far=so_far, masked=False))
+
+            return dk_NK[...], dv_NV[...]
+
+        sums = [plgpu.ACC((KEYS, x.shape[-1]), jnp.float32) for x in (k_BSGK, v_BSGV)]
+        dk_NK, dv_NV = pl.run_scoped(all_steps, *sums)
+        k_NK[...] = (dk_NK * scale).astype(dtype)
+        v_NV[...] = dv_NV.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_NK, keys_of(dk_BSGK, wg))
+        plgpu.copy_smem_to_gmem(v_NV, keys_of(dv_BSGV, wg))
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,431 @@
+"""Attention of tiles of rows to one block of keys each, for Hopper, in Pallas Mosaic GPU; and the rows' gradient.
+
+A tile is 128 rows of one query head that read the same block of keys: the block's own rows, which see it causally, or
+rows that chose it, gathered by the caller. Full attention is one block. A persistent grid: each block of the GPU walks
+over every num_sms-th tile with three warpgroups. One only starts copies, of rows through one ring in shared memory and
+of keys and values through another, ahead of the others and across the ends of tiles. Each of the other two computes 64
+rows in registers (the online softmax of FlashAttention-2, arXiv 2307.08691, algorithm 1 and, for the gradient, section
+3.1.2), then stores them while its next operands already arrive. What a copy reads behind the last token is zero, what
+it writes there is dropped.
+
+Legend: B batch, T queries = S keys, H query heads, G key heads, P gathered rows (Y tiles of 128), K query/key size, V
+value size, C keys of a block, D blocks, Q rows of a warpgroup, W warpgroups, N keys of a step, R ring slots.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# What the tensor memory accelerator copies at once: rows of 128 bytes, swizzled in groups of eight.
+TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+ROWS = 64  # of a warpgroup: what one wgmma takes
+CONSUMERS = 2
+TILE = ROWS * CONSUMERS
+PRODUCER = CONSUMERS  # the warpgroup after the consumers
+SLOTS = 2  # of the ring of keys and values
+# Of a block's shared memory, 227 KiB, a little is for barriers and vectors.
+SHARED_MEMORY = 230_400
+LOG2E = math.log2(math.e)
+ROW = plgpu.Layout.WGMMA.reduce(1)
+# Of queries and keys, and of values, what the kernels are built for.
+HEAD_SIZES = ((64, 64), (128, 128), (192, 128))
+DTYPES = ("bfloat16", "float16")
+
+
+def padded(length: int) -> int:
+    """The length that vectors over tokens have here: whole tiles."""
+    return -(-length // TILE) * TILE
+
+
+def attend(scale, block_size, q, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, num_sms=None, interpret=None):
+    """Softmax attention of every row to its tile's block, as far as the block alone goes.
+
+    Args:
+      scale: of the logits; positive.
+      block_size: C, a multiple of 128.
+      q: q_BTHK, whose rows read their own block, or q_PK, rows that chose theirs; bfloat16 or float16.
+      k_BSGK, v_BSGV: in the same type; query head h reads key head h // (H // G).
+      block_Y, used_1: for q_PK, the block (b * G + g) * D + n of each tile, and how many tiles to compute. The results
+        of the others are undefined.
+      num_sms: blocks that run at a time; None asks the default device.
+      interpret: `plgpu.InterpretGPUParams()` runs it on a CPU, slowly.
+
+    Returns: out like q, with v's size, in the inputs' type; the logarithm of the softmax's denominator and the largest
+      logit of every row in float32 (after scale, natural log): [P], or [B, H, T rounded up to a tile], of which what is
+      behind T means nothing.
+    """
+    K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
+    step, slots = _fit(((128, 2), (64, 2), (64, 1)), TILE * K, SLOTS * (K + V), TILE * V)
+    row = jax.ShapeDtypeStruct(_vector_shape(q), jnp.float32)
+    work = _Work(q, k_BSGK, block_size, step)
+    kernel = _persistent(
+        functools.partial(_attend_kernel, work=work, scale=scale),
+        out_type=(jax.ShapeDtypeStruct((*q.shape[:-1], V), dtype), row, row),
+        num_sms=num_sms,
+        interpret=interpret,
+        scratch={
+            "q_RWQK": plgpu.SMEM((slots, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
+            "k_RNK": plgpu.SMEM((SLOTS, step, K), dtype, transforms=TRANSFORMS),
+            "v_RNV": plgpu.SMEM((SLOTS, step, V), dtype, transforms=TRANSFORMS),
+            "out_WQV": plgpu.SMEM((CONSUMERS, ROWS, V), dtype, transforms=TRANSFORMS),
+            "lse_WQ": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
+            "max_WQ": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
+            "q_full": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
+            "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
+            "k_full": plgpu.Barrier(num_barriers=SLOTS),
+            "k_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+            "v_full": plgpu.Barrier(num_barriers=SLOTS),
+            "v_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+            "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
+        },
+    )
+    return kernel(*_tables(block_Y, used_1), q, k_BSGK, v_BSGV)
+
+
+def rows_gradient(
+    scale, block_size, q, dout, lse, delta, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, num_sms=None, interpret=None
+):
+    """The part of dq that comes from each row's tile's block.
+
+    Args: as `attend`; dout like its out; lse of the whole row, +inf for a row that is none, and delta, the sum of
+      dout * out, in float32 and of the shape of its vectors.
+
+    Returns: dq like q.
+    """
+    K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
+    step, slots = _fit(((64, 2), (64, 1)), TILE * (K + V), SLOTS * (K + V), TILE * K)
+    work = _Work(q, k_BSGK, block_size, step)
+    kernel = _persistent(
+        functools.partial(_rows_gradient_kernel, work=work, scale=scale),
+        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
+        num_sms=num_sms,
+        interpret=interpret,
+        scratch={
+            "q_RWQK": plgpu.SMEM((slots, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
+            "dout_RWQV": plgpu.SMEM((slots, CONSUMERS, ROWS, V), dtype, transforms=TRANSFORMS),
+            "k_RNK": plgpu.SMEM((SLOTS, step, K), dtype, transforms=TRANSFORMS),
+            "v_RNV": plgpu.SMEM((SLOTS, step, V), dtype, transforms=TRANSFORMS),
+            "dq_WQK": plgpu.SMEM((CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
+            "q_full": plgpu.Barrier(num_arrivals=2 * CONSUMERS, num_barriers=slots),
+            "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
+            "k_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+            "k_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+        },
+    )
+    return kernel(*_tables(block_Y, used_1), q, dout, lse, delta, k_BSGK, v_BSGV)
+
+
+# --- what both kernels share --------------------------------------------------------------------------------------
+
+
+def _fit(choices, per_slot, per_key, rest):
+    """The first (keys of a step, slots for rows) of which a slot's numbers, a key's and the rest fit, 2 bytes each."""
+    return next((n, r) for n, r in choices if 2 * (r * per_slot + n * per_key + rest) <= SHARED_MEMORY)
+
+
+def _vector_shape(q):
+    """Of one number per row: whole tiles, since copies of vectors begin at multiples of 16 bytes."""
+    return (q.shape[0], q.shape[2], padded(q.shape[1])) if q.ndim == 4 else q.shape[:1]
+
+
+def _tables(block_Y, used_1):
+    # Where rows read their own block, nothing needs a table, and neither is read.
+    return (jnp.zeros(1, jnp.int32),) * 2 if block_Y is None else (block_Y, used_1)
+
+
+def _persistent(body, *, out_type, num_sms, interpret, scratch):
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(jax.devices()[0].core_count if num_sms is None else num_sms,),
+        grid_names=("sm",),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,  # Rows are reduced within a quarter of a warp; the rings need the memory.
+            # Written for these semantics: every layout in shared memory is stated, none is inferred.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """One tile: how to find its rows and keys, and the steps over its keys. Static or scalars in registers."""
+
+    rows_of: object  # (array of rows or vectors, first row, number of rows) -> part of the array
+    keys_of: object  # (array of keys, first key of the block, number of keys) -> part of the array
+    row: object  # the first row's position in its block; None where all of them see the whole block
+    steps: object
+
+
+class _Work:
+    """Which tiles there are, and in which order."""
+
+    def __init__(self, q, k_BSGK, block_size, step):
+        self.num_batch, self.num_keys, self.num_key_heads = k_BSGK.shape[:3]
+        self.num_heads = q.shape[2] if q.ndim == 4 else None  # None: rows that chose their block
+        self.block_size, self.step = block_size, step
+
+    def walk(self, block_Y, used_1, body):
+        """body(number here, tile, steps so far) for each tile of ours. All warpgroups count the same."""
+        first, stride = lax.axis_index("sm"), lax.axis_size("sm")
+        per_head = padded(self.num_keys) // TILE
+        total = used_1[0] if self.num_heads is None else self.num_batch * self.num_heads * per_head
+
+        def one(here, so_far):
+            number = first + here * stride
+            tile = self._chosen(block_Y, number) if self.num_heads is None else self._own(number, per_head)
+            body(here, tile, so_far)
+            return so_far + tile.steps
+
+        lax.fori_loop(0, lax.div(total - first + (stride - 1), jnp.int32(stride)), one, jnp.int32(0))
+
+    def _own(self, number, per_head):
+        head, batch = _divide(number, per_head, self.num_heads)
+        # The longest tiles first, so that the last ones to run are short.
+        start = (per_head - 1 - lax.rem(number, jnp.int32(per_head))) * TILE
+        block, row = lax.div(start, jnp.int32(self.block_size)), lax.rem(start, jnp.int32(self.block_size))
+        key_head = lax.div(head, jnp.int32(self.num_heads // self.num_key_heads))
+
+        def rows_of(array, first, size):
+            rows = pl.ds(start + first, size)
+            return array.at[batch, rows, head] if len(array.shape) == 4 else array.at[batch, head, rows]
+
+        steps = lax.div(row + (TILE - 1), jnp.int32(self.step)) + 1
+        return _Tile(rows_of, self._keys_of(batch, key_head, block), row, steps)
+
+    def _chosen(self, block_Y, number):
+        num_blocks = -(-self.num_keys // self.block_size)
+        key_head, batch = _divide(block_Y[number], num_blocks, self.num_key_heads)
+        block = lax.rem(block_Y[number], jnp.int32(num_blocks))
+
+        def rows_of(array, first, size):
+            return array.at[pl.ds(number * TILE + first, size)]
+
+        return _Tile(rows_of, self._keys_of(batch, key_head, block), None, jnp.int32(self.block_size // self.step))
+
+    def _keys_of(self, batch, key_head, block):
+        return lambda array, first, size: array.at[batch, pl.ds(block * self.block_size + first, size), key_head]
+
+    def visible_steps(self, tile, row):
+        """How many of the steps over keys, the first ones, the rows from the tile's `row` on see as a whole."""
+        return tile.steps if tile.row is None else lax.div(tile.row + row + 1, jnp.int32(self.step))
+
+
+def _divide(number, inner, middle):
+    """(middle index, outer index) of a number that counts outer, middle, inner."""
+    number = lax.div(number, jnp.int32(inner))
+    return lax.rem(number, jnp.int32(middle)), lax.div(number, jnp.int32(middle))
+
+
+def slot_of(number, slots=SLOTS):
+    return lax.rem(number, jnp.int32(slots))
+
+
+def wait_free(number, empty, slots=SLOTS):
+    @pl.when(number >= slots)
+    def _():
+        plgpu.barrier_wait(empty.at[slot_of(number, slots)])
+
+
+def _copy_rows(array, ring_RWQ, tile, slot, full):
+    for wg in range(CONSUMERS):
+        plgpu.copy_gmem_to_smem(tile.rows_of(array, wg * ROWS, ROWS), ring_RWQ.at[slot, wg], full.at[slot])
+
+
+def _visible(shape, row, key):
+    """Whether each row, the first of which is at `row` of the block, is at or behind each key from `key` on."""
+    row_QN = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+    key_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    return row_QN + row >= key_QN + key
+
+
+def _over(row_Q, shape):
+    return lax.broadcast_in_dim(row_Q, shape, [0])
+
+
+def _filled(value, shape, layout):
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+# --- forward ------------------------------------------------------------------------------------------------------
+
+
+def _attend_kernel(
+    block_Y, used_1, q, k_BSGK, v_BSGV, out, lse, largest, *, work, scale, q_RWQK, k_RNK, v_RNV, out_WQV, lse_WQ,
+    max_WQ, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+):  # fmt: skip
+    wg = lax.axis_index("wg")
+    V, N, slots, dtype = v_BSGV.shape[-1], work.step, q_RWQK.shape[0], q.dtype
+
+    @pl.when(wg == PRODUCER)
+    def _produce():
+        plgpu.set_max_registers(40, action="decrease")
+
+        def one(here, tile, so_far):
+            wait_free(here, q_empty, slots)
+            _copy_rows(q, q_RWQK, tile, slot_of(here, slots), q_full)
+
+            @pl.loop(0, tile.steps)
+            def _step(i):
+                number = so_far + i
+                slot = slot_of(number)
+                wait_free(number, k_empty)
+                plgpu.copy_gmem_to_smem(tile.keys_of(k_BSGK, i * N, N), k_RNK.at[slot], k_full.at[slot])
+                wait_free(number, v_empty)
+                plgpu.copy_gmem_to_smem(tile.keys_of(v_BSGV, i * N, N), v_RNV.at[slot], v_full.at[slot])
+
+        work.walk(block_Y, used_1, one)
+
+    def other_turn():
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
+    @pl.when(wg < CONSUMERS)
+    def _consume():
+        plgpu.set_max_registers(232, action="increase")
+        # The warpgroups take turns at the tensor cores: one multiplies while the other is at its exponentials.
+        pl.when(wg == 1)(other_turn)
+
+        def one(here, tile, so_far):
+            q_slot = slot_of(here, slots)
+            plgpu.barrier_wait(q_full.at[q_slot])
+
+            def kv_step(i, carry, masked):
+                acc_QV, max_Q, sum_Q = carry
+                slot = slot_of(so_far + i)
+                plgpu.barrier_wait(k_full.at[slot])
+
+                def logits(acc_QN):
+                    plgpu.wgmma(acc_QN, q_RWQK.at[q_slot, wg], k_RNK.at[slot].transpose((1, 0)))
+                    other_turn()
+                    return acc_QN[...]
+
+                s_QN = pl.run_scoped(logits, plgpu.ACC((ROWS, N), jnp.float32))
+                plgpu.barrier_arrive(k_empty.at[slot])
+                if masked:
+                    s_QN = jnp.where(_visible(s_QN.shape, tile.row + wg * ROWS, i * N), s_QN, -jnp.inf)
+                new_Q = jnp.maximum(max_Q, s_QN.max(axis=1))
+                faded_Q = jnp.exp2((max_Q - new_Q) * (scale * LOG2E))
+                p_QN = jnp.exp2(s_QN * (scale * LOG2E) - _over(new_Q * (scale * LOG2E), s_QN.shape))
+                sum_Q = sum_Q * faded_Q + p_QN.sum(axis=1)
+                p_QN = p_QN.astype(dtype)
+                # The compiler would otherwise move arithmetic past the barriers, into the other one's turn.
+                faded_Q, new_Q, sum_Q, p_QN = lax.optimization_barrier((faded_Q, new_Q, sum_Q, p_QN))
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(v_full.at[slot])
+                plgpu.barrier_wait(turn)
+
+                def weighted(new_QV):
+                    plgpu.wgmma(new_QV, p_QN, v_RNV.at[slot])
+                    return new_QV[...]
+
+                new_QV = pl.run_scoped(weighted, plgpu.ACC((ROWS, V), jnp.float32))
+                plgpu.barrier_arrive(v_empty.at[slot])
+                return acc_QV * _over(faded_Q, acc_QV.shape) + new_QV, new_Q, sum_Q
+
+            nothing = _filled(0.0, (ROWS, V), plgpu.Layout.WGMMA)
+            carry = (nothing, _filled(-jnp.inf, (ROWS,), ROW), _filled(0.0, (ROWS,), ROW))
+            all_visible = work.visible_steps(tile, wg * ROWS)
+            carry = lax.fori_loop(0, all_visible, functools.partial(kv_step, masked=False), carry)
+            if tile.row is not None:
+                carry = lax.fori_loop(all_visible, tile.steps, functools.partial(kv_step, masked=True), carry)
+            acc_QV, max_Q, sum_Q = carry
+            plgpu.barrier_arrive(q_empty.at[q_slot])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_WQV.at[wg][...] = (acc_QV * _over(1.0 / sum_Q, acc_QV.shape)).astype(dtype)
+            lse_WQ.at[wg][...] = max_Q * scale + jnp.log(sum_Q)
+            max_WQ.at[wg][...] = max_Q * scale
+            plgpu.commit_smem()
+            for array, buffer in ((out, out_WQV), (lse, lse_WQ), (largest, max_WQ)):
+                plgpu.copy_smem_to_gmem(buffer.at[wg], tile.rows_of(array, wg * ROWS, ROWS))
+
+        work.walk(block_Y, used_1, one)
+        pl.when(wg == 0)(other_turn)
+        plgpu.wait_smem_to_gmem(0)
+
+
+# --- the rows' gradient -------------------------------------------------------------------------------------------
+
+
+def _rows_gradient_kernel(
+    block_Y, used_1, q, dout, lse, delta, k_BSGK, v_BSGV, dq, *, work, scale, q_RWQK, dout_RWQV, k_RNK, v_RNV, dq_WQK,
+    q_full, q_empty, k_full, k_empty,
+):  # fmt: skip
+    wg = lax.axis_index("wg")
+    K, N, slots, dtype = q.shape[-1], work.step, q_RWQK.shape[0], q.dtype
+
+    @pl.when(wg == PRODUCER)
+    def _produce():
+        plgpu.set_max_registers(40, action="decrease")
+
+        def one(here, tile, so_far):
+            wait_free(here, q_empty, slots)
+            _copy_rows(q, q_RWQK, tile, slot_of(here, slots), q_full)
+            _copy_rows(dout, dout_RWQV, tile, slot_of(here, slots), q_full)
+
+            @pl.loop(0, tile.steps)
+            def _step(i):
+                number = so_far + i
+                slot = slot_of(number)
+                wait_free(number, k_empty)
+                plgpu.copy_gmem_to_smem(tile.keys_of(k_BSGK, i * N, N), k_RNK.at[slot], k_full.at[slot])
+                plgpu.copy_gmem_to_smem(tile.keys_of(v_BSGV, i * N, N), v_RNV.at[slot], k_full.at[slot])
+
+        work.walk(block_Y, used_1, one)
+
+    @pl.when(wg < CONSUMERS)
+    def _consume():
+        plgpu.set_max_registers(232, action="increase")
+
+        def one(here, tile, so_far):
+            lse_Q = plgpu.load(tile.rows_of(lse, wg * ROWS, ROWS), layout=ROW, optimized=False) * LOG2E
+            delta_Q = plgpu.load(tile.rows_of(delta, wg * ROWS, ROWS), layout=ROW, optimized=False)
+            q_slot = slot_of(here, slots)
+            plgpu.barrier_wait(q_full.at[q_slot])
+
+            def kv_step(i, dq_QK, masked):
+                slot = slot_of(so_far + i)
+                plgpu.barrier_wait(k_full.at[slot])
+
+                def products(s_QN, dp_QN):
+                    plgpu.wgmma(s_QN, q_RWQK.at[q_slot, wg], k_RNK.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(dp_QN, dout_RWQV.at[q_slot, wg], v_RNV.at[slot].transpose((1, 0)))
+                    return s_QN[...], dp_QN[...]
+
+                acc = plgpu.ACC((ROWS, N), jnp.float32)
+                s_QN, dp_QN = pl.run_scoped(products, acc, acc)
+                p_QN = jnp.exp2(s_QN * (scale * LOG2E) - _over(lse_Q, s_QN.shape))
+                if masked:
+                    p_QN = jnp.where(_visible(s_QN.shape, tile.row + wg * ROWS, i * N), p_QN, 0.0)
+                ds_QN = (p_QN * (dp_QN - _over(delta_Q, dp_QN.shape))).astype(dtype)
+                plgpu.wgmma(dq_QK, ds_QN, k_RNK.at[slot])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(k_empty.at[slot])
+
+            def all_steps(dq_QK):
+                all_visible = work.visible_steps(tile, wg * ROWS)
+                pl.loop(0, all_visible)(functools.partial(kv_step, dq_QK=dq_QK, masked=False))
+                if tile.row is not None:
+                    pl.loop(all_visible, tile.steps)(functools.partial(kv_step, dq_QK=dq_QK, masked=True))
+                return dq_QK[...]
+
+            dq_QK = pl.run_scoped(all_steps, plgpu.ACC((ROWS, K), jnp.float32))
+            plgpu.barrier_arrive(q_empty.at[q_slot])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dq_WQK.at[wg][...] = (dq_QK * scale).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(dq_WQK.at[wg], tile.rows_of(dq, wg * ROWS, ROWS))
+
+        work.walk(block_Y, used_1, one)
+        plgpu.wait_smem_to_gmem(0)
