@@ -153,7 +153,7 @@ def dense_peers() -> dict:
         import tokamax
 
         found["tokamax"] = functools.partial(
-            tokamax.dot_product_attention, scale=SCALE, is_causal=True, implementation="mosaic"
+            tokamax.dot_product_attention, scale=SCALE, is_causal=True, implementation="mosaic_gpu"
         )
     except Exception as error:
         say(f"  tokamax: {type(error).__name__}: {str(error)[:200]}")
