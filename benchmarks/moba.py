@@ -169,7 +169,7 @@ def dense_peers() -> dict:
 def stages(B, T, H, G, C, top_k) -> dict[str, float]:
     """Milliseconds of every stage alone, on random inputs."""
     q, k, v, dout = inputs(B, T, H, G)
-    settings = sm90.Settings(SCALE, C, H // G, T // C, top_k - 1, None, None)
+    settings = sm90.Settings(SCALE, C, H // G, T, T // C, top_k - 1, None, None)
     choose = jax.jit(functools.partial(sm90._choose, settings))
     found = {"means, gate, top-k": median_ms(choose, q, k)}
     winner = choose(q, k)

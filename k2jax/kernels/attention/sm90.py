@@ -41,7 +41,15 @@ def attention(q_BTHK, k_BSGK, v_BSGV, *, scale, segment_ids=None, q_offset=0, nu
     reason = refusal(*shapes, q_BTHK.dtype, scale=scale, segmented=segment_ids is not None, q_offset=q_offset)
     if reason:
         raise ValueError(reason)
-    return Attended(*_attention((float(scale), num_sms, interpret), q_BTHK, k_BSGK, v_BSGV))
+    T = q_BTHK.shape[1]
+    q_BTHK, k_BSGK, v_BSGV = (whole_groups(x) for x in (q_BTHK, k_BSGK, v_BSGV))
+    out_BTHV, lse_BHT, max_BH = _attention((float(scale), T, num_sms, interpret), q_BTHK, k_BSGK, v_BSGV)
+    return Attended(out_BTHV[:, :T], lse_BHT[..., :T], max_BH)
+
+
+def whole_groups(x_BTHE):
+    """x with zeros behind its last token up to a multiple of 8, since copies swizzle rows in groups of eight."""
+    return jnp.pad(x_BTHE, ((0, 0), (0, -x_BTHE.shape[1] % 8), (0, 0), (0, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -51,15 +59,15 @@ def _attention(settings, q_BTHK, k_BSGK, v_BSGV):
 
 
 def _forward(settings, q_BTHK, k_BSGK, v_BSGV):
-    scale, num_sms, interpret = settings
+    scale, num_tokens, num_sms, interpret = settings
     T = q_BTHK.shape[1]
     out_BTHV, lse_BHT, max_BHT = attend(scale, padded(T), q_BTHK, k_BSGK, v_BSGV, num_sms=num_sms, interpret=interpret)
     lse_BHT = lse_BHT[..., :T]
-    return (out_BTHV, lse_BHT, jnp.max(max_BHT[..., :T], axis=-1)), (q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT)
+    return (out_BTHV, lse_BHT, jnp.max(max_BHT[..., :num_tokens], axis=-1)), (q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT)
 
 
 def _backward(settings, saved, cotangents):
-    scale, num_sms, interpret = settings
+    scale, _, num_sms, interpret = settings
     q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT = saved
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
     block_size = padded(q_BTHK.shape[1])

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
-from k2jax.kernels.attention.sm90 import own_rows
+from k2jax.kernels.attention.sm90 import own_rows, whole_groups
 from k2jax.kernels.attention.sm90 import refusal as attention_refusal
 from k2jax.kernels.attention.tiles_sm90 import TILE, attend, padded, rows_gradient
 from k2jax.kernels.moba.blocks import Attended, Residuals
@@ -59,13 +59,14 @@ def moba_attention(
     if reason:
         raise ValueError(reason)
     D = -(-T // block_size)
-    settings = Settings(float(scale), block_size, H // G, D, min(top_k - 1, D - 1), num_sms, interpret)
+    settings = Settings(float(scale), block_size, H // G, T, D, min(top_k - 1, D - 1), num_sms, interpret)
+    q_BTHK, k_BSGK, v_BSGV = (whole_groups(x) for x in (q_BTHK, k_BSGK, v_BSGV))
     out_BTHV, lse_BHT, max_BH, winner_BHJT = _attention(settings, q_BTHK, k_BSGK, v_BSGV)
     own_BHT1 = jnp.broadcast_to((jnp.arange(T, dtype=jnp.int32) // block_size)[:, None], (B, H, T, 1))
     earlier_BHTJ = winner_BHJT[..., :T].swapaxes(2, 3)
     earlier_BHTJ = jnp.pad(earlier_BHTJ, ((0, 0),) * 3 + ((0, top_k - 1 - settings.J),), constant_values=-1)
     selected_BHTJ = jnp.concatenate([own_BHT1, earlier_BHTJ], axis=-1)
-    return Attended(out_BTHV, Residuals(lse_BHT, max_BH, selected_BHTJ))
+    return Attended(out_BTHV[:, :T], Residuals(lse_BHT[..., :T], max_BH, selected_BHTJ))
 
 
 class Settings(NamedTuple):
@@ -74,6 +75,7 @@ class Settings(NamedTuple):
     scale: float
     block_size: int
     R: int
+    num_tokens: int  # before T was rounded up
     D: int
     J: int
     num_sms: int | None
@@ -157,7 +159,7 @@ def _forward_heads(settings, q_BTHK, k_BSGK, v_BSGV):
     scale, C, T = settings.scale, settings.block_size, q_BTHK.shape[1]
     winner_BHJT = _choose(settings, q_BTHK, k_BSGK)
     out_BTHV, lse_BHT, max_BHT = attend(scale, C, q_BTHK, k_BSGK, v_BSGV, **settings.options)
-    max_BH = jnp.max(max_BHT[..., :T], axis=-1)
+    max_BH = jnp.max(max_BHT[..., : settings.num_tokens], axis=-1)
     if settings.J:
         groups = _groups(settings, winner_BHJT)
         q_PK = _gather_queries(q_BTHK, groups.row_P)
@@ -177,7 +179,7 @@ def _choose(settings, q_BTHK, k_BSGK):
     # Rounded, as the official code does before the product.
     mean_BDGK = mean_BDGK.astype(k_BSGK.dtype)
     winner_BHJT = choose_blocks_sm90(q_BTHK, mean_BDGK, settings.J, block_size=settings.block_size, **settings.options)
-    return jnp.where(jnp.arange(winner_BHJT.shape[-1]) < T, winner_BHJT, -1)
+    return jnp.where(jnp.arange(winner_BHJT.shape[-1]) < settings.num_tokens, winner_BHJT, -1)
 
 
 def _groups(settings, winner_BHJT):
