@@ -24,12 +24,13 @@ from k2jax.kernels.attention.reference import masked_attention
 from k2jax.kernels.attention.tiles_sm90 import attend, rows_gradient
 from k2jax.kernels.moba import reference, sm90
 
-# name: batch, tokens, query heads, key heads, block size, top k
+# name: batch, tokens, query heads, key heads, block size, top k, sizes of keys and values
 CHECKS = {
-    "small": (1, 1024, 2, 2, 128, 3),
-    "odd length, grouped": (2, 1500, 4, 2, 256, 2),
-    "many": (1, 4096, 2, 1, 128, 8),
-    "own block alone": (1, 1024, 1, 1, 512, 1),
+    "small": (1, 1024, 2, 2, 128, 3, 128, 128),
+    "odd length, grouped": (2, 1500, 4, 2, 256, 2, 128, 128),
+    "many": (1, 4096, 2, 1, 128, 8, 128, 128),
+    "own block alone": (1, 1024, 1, 1, 512, 1, 64, 64),
+    "MLA": (1, 2000, 2, 2, 128, 4, 192, 128),
 }
 CASES = {
     "64K, B=128, k=8": (2, 65536, 16, 16, 128, 8),
@@ -49,11 +50,11 @@ def say(text):
     print(text, flush=True)
 
 
-def inputs(B, T, H, G, dtype=jnp.bfloat16):
+def inputs(B, T, H, G, K=128, V=128, dtype=jnp.bfloat16):
     @jax.jit
     def make(key):
         keys = jax.random.split(key, 4)
-        shapes = [(B, T, H, 128), (B, T, G, 128), (B, T, G, 128), (B, T, H, 128)]
+        shapes = [(B, T, H, K), (B, T, G, K), (B, T, G, V), (B, T, H, V)]
         return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
     return make(jax.random.key(time.time_ns() % 2**31))
@@ -69,19 +70,19 @@ def kernels(q, k, v, **settings):
     return tuple(sm90.moba_attention(q, k, v, scale=SCALE, **settings))
 
 
-def as_selected(q, k, v, selected_BHTJ, block_size):
+def as_selected(q, k, v, selected_BHTJ, block_size, scale=SCALE):
     """The definition with T x S arrays, for a choice already made."""
     block_S = jnp.arange(k.shape[1]) // block_size
     mask_BHTS = (selected_BHTJ[..., None] == block_S).any(axis=-2)
     mask_BTHS = mask_BHTS.swapaxes(1, 2) & (jnp.arange(k.shape[1]) <= jnp.arange(q.shape[1])[:, None])[:, None]
-    out, lse, max_logit = masked_attention(q, k, v, mask_BTHS, SCALE)
+    out, lse, max_logit = masked_attention(q, k, v, mask_BTHS, scale)
     return out, (lse, max_logit)
 
 
 def check(name) -> dict[str, float]:
     """Errors, as multiples of those of plain bfloat16 attention; raises AssertionError where something is wrong."""
-    B, T, H, G, C, top_k = CHECKS[name]
-    arrays = inputs(B, T, H, G)
+    B, T, H, G, C, top_k, K, V = CHECKS[name]
+    arrays = inputs(B, T, H, G, K, V)
     run = jax.jit(functools.partial(with_gradients, functools.partial(kernels, block_size=C, top_k=top_k)))
     got = run(*arrays)
     jax.block_until_ready(run(*(2 * x for x in arrays)))  # so that a second run cannot find the first one's results

@@ -11,12 +11,12 @@ import functools
 import logging
 import math
 
-import jax
 import jax.numpy as jnp
 
 from k2jax.kernels.attention import IMPLEMENTATIONS as FULL_ATTENTION
-from k2jax.kernels.attention import REFERENCE_MAX_PAIRS, check_shapes
-from k2jax.kernels.moba import reference, xla
+from k2jax.kernels.attention import MEASURED_HEAD_SIZES, cannot_run_sm90, check_shapes
+from k2jax.kernels.attention import choose as choose_full_attention
+from k2jax.kernels.moba import reference, sm90, xla
 from k2jax.kernels.moba.blocks import Attended, Residuals
 from k2jax.kernels.partition import attend_over_mesh
 
@@ -24,8 +24,8 @@ __all__ = ["Residuals", "moba_attention", "moba_attention_plan"]
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = {"reference": reference.moba_attention, "xla": xla.moba_attention}
-NOT_BUILT = {"sm90": "the Pallas kernel for Hopper GPUs", "tpu": "the Pallas kernel for TPUs"}
+IMPLEMENTATIONS = {"reference": reference.moba_attention, "xla": xla.moba_attention, "sm90": sm90.moba_attention}
+NOT_BUILT = {"tpu": "the Pallas kernel for TPUs"}
 
 
 def moba_attention(
@@ -49,7 +49,7 @@ def moba_attention(
     tokens share one softmax. The choice has no gradient; that of q, k and v through the softmax is exact.
 
     Args:
-      q: [B, T, H, K] queries, after any rotary embedding, bfloat16 or float32.
+      q: [B, T, H, K] queries, after any rotary embedding, bfloat16, float16 or float32.
       k: [B, S, G, K] keys, H a multiple of G; every query head chooses for itself among its key head's
         blocks.
       v: [B, S, G, V] values; V may differ from K.
@@ -61,15 +61,16 @@ def moba_attention(
         in chunks. `q_offset + T <= S` must hold. Keys after a query's position are never read, so a cache may
         be longer than full.
       return_residuals: also return `Residuals(lse_BHT, max_logit_BH, selected_BHTJ)`, none with a gradient.
-      implementation: 'reference' (T x S memory), 'xla' (any platform, memory by S x top_k), or None, which
-        chooses by size, takes full attention where it is the same function, and logs the choice once.
+      implementation: 'reference' (T x S memory), 'xla' (any platform, memory by S x top_k), 'sm90' (Hopper GPUs),
+        or None, which chooses by size and device, takes full attention where it is the same function, and logs
+        the choice once.
 
     Returns:
       [B, T, H, V] in v's dtype, or `(that, Residuals)`.
 
     Raises:
-      ValueError: for shapes that do not fit together, a block size or top_k below 1, or an unknown
-        implementation.
+      ValueError: for shapes that do not fit together, a block size or top_k below 1, an unknown
+        implementation, or one that cannot do this.
       NotImplementedError: for an implementation that is not built yet.
 
     Source: "MoBA: Mixture of Block Attention for Long-Context LLMs" (arXiv 2502.13189), section 2.2,
@@ -79,15 +80,16 @@ def moba_attention(
     for name, value in (("block_size", block_size), ("top_k", top_k)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    call = {"block_size": block_size, "top_k": top_k, "scale": scale}
     if implementation is None:
-        implementation, why = _choose(q.shape, k.shape, block_size, top_k, q_offset)
+        implementation, why = _choose(q, k, v, **call, segment_ids=segment_ids, q_offset=q_offset)
         _log_choice(implementation, why, q.shape, k.shape, block_size, top_k)
-    attend = functools.partial(
-        _implementation(implementation),
-        block_size=block_size,
-        top_k=top_k,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    )
+    elif implementation == "sm90":
+        reason = _cannot_run_sm90(q, k, v, **call, segment_ids=segment_ids, q_offset=q_offset)
+        if reason:
+            raise ValueError(f"implementation='sm90' cannot run: {reason}")
+    attend = functools.partial(_implementation(implementation), **call)
     if not isinstance(q_offset, int):
         q_offset = jnp.broadcast_to(q_offset, q.shape[:1])
     outs = Attended("BTHV", Residuals("BHT", "BH", "BHTJ"))
@@ -104,15 +106,22 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
     backward beyond the inputs and outputs, in MiB.
     """
     check_shapes(q, k, v, segment_ids, q_offset)
+    call = {"block_size": block_size, "top_k": top_k, "scale": 1.0, "segment_ids": segment_ids, "q_offset": q_offset}
     why = "named by the caller"
     if implementation is None:
-        implementation, why = _choose(q.shape, k.shape, block_size, top_k, q_offset)
+        implementation, why = _choose(q, k, v, **call)
+    elif implementation == "sm90" and (reason := _cannot_run_sm90(q, k, v, **call)):
+        why = f"named by the caller, but it cannot run: {reason}"
     _implementation(implementation)
     (B, T, H, _), S = q.shape, k.shape[1]
     if implementation == "xla":
         numbers = xla.working_numbers(q.shape, k.shape, v.shape, block_size, top_k, segment_ids is not None, q_offset)
+    elif implementation == "sm90":
+        numbers = sm90.working_numbers(q.shape, v.shape, block_size, top_k)
     elif implementation == "full-xla":
         numbers = 2 * B * H * S * min(T, 512)
+    elif implementation == "full-sm90":
+        numbers = 4 * B * H * T
     else:
         numbers = 3 * B * H * T * S
     return (
@@ -121,25 +130,38 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
     )
 
 
-def _choose(q_shape, k_shape, block_size, top_k, q_offset):
+def _choose(q, k, v, *, block_size, top_k, scale, segment_ids, q_offset):
     """The implementation None stands for, and the reason."""
-    T, S = q_shape[1], k_shape[1]
+    T = q.shape[1]
     if isinstance(q_offset, int) and q_offset + T <= block_size * top_k:
-        full = "full-reference" if T * S <= REFERENCE_MAX_PAIRS else "full-xla"
-        return (
-            full,
-            f"{q_offset + T} tokens fit in top_k * block_size = {block_size * top_k}: the same function",
-        )
+        not_sm90 = cannot_run_sm90(q, k, v, scale, segment_ids, q_offset)
+        full, _ = choose_full_attention(q.shape, k.shape, v.shape, not_sm90)
+        same = f"{q_offset + T} tokens fit in top_k * block_size = {block_size * top_k}: the same function"
+        return f"full-{full}", same
     if block_size > T:
         return (
             "reference",
             f"{T} queries are fewer than one block of {block_size}: T x S memory is the smaller one",
         )
-    return "xla", f"no kernel is built for {jax.default_backend()} yet; its memory grows with S * top_k"
+    call = {"block_size": block_size, "top_k": top_k, "scale": scale, "segment_ids": segment_ids, "q_offset": q_offset}
+    not_sm90, sizes = _cannot_run_sm90(q, k, v, **call), (q.shape[3], v.shape[3])
+    if not not_sm90 and sizes not in MEASURED_HEAD_SIZES:
+        not_sm90 = f"heads of sizes {sizes} have not been measured on a GPU; name 'sm90' to take it"
+    if not_sm90:
+        return "xla", f"its memory grows with S * top_k; not 'sm90': {not_sm90}"
+    return "sm90", "a Hopper GPU, and a call that its kernels take"
+
+
+def _cannot_run_sm90(q, k, v, *, block_size, top_k, scale, segment_ids, q_offset):
+    reason = cannot_run_sm90(q, k, v, scale, segment_ids, q_offset)
+    return reason or sm90.refusal(
+        q.shape, k.shape, v.shape, q.dtype, block_size=block_size, top_k=top_k, scale=scale,
+        segmented=segment_ids is not None, q_offset=q_offset,
+    )  # fmt: skip
 
 
 def _implementation(name):
-    if name in ("full-reference", "full-xla"):
+    if name.removeprefix("full-") in FULL_ATTENTION and name.startswith("full-"):
         return functools.partial(_full_attention, FULL_ATTENTION[name.removeprefix("full-")])
     if name in NOT_BUILT:
         raise NotImplementedError(f"implementation={name!r}: {NOT_BUILT[name]} is not built yet; use 'xla' or None")

@@ -1,4 +1,4 @@
-"""What must hold on a GPU: the XLA forms against float64, and a short training run. Run by `make gpu`."""
+"""What must hold on a GPU: XLA forms and kernels against what is exact, and a short training run. For `make gpu`."""
 
 import io
 import math
@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import moba as moba_benchmark
 from k2jax.config import load_config
+from k2jax.kernels.attention import attention
+from k2jax.kernels.attention.sm90 import HEAD_SIZES
 from k2jax.kernels.symmetric_matmul import symmetric_matmul
 from k2jax.moba_pallas import moba_attention
 from k2jax.muonclip import NS, orthogonalize
@@ -70,6 +73,33 @@ def test_large_matrices_are_orthogonalised_within_the_bound(ns, bound):
     exact = jax.jit(partial(orthogonalize, ns=NS(ns.coeffs, "float32")))(x)
     rounded = jax.jit(partial(orthogonalize, ns=ns))(x)
     assert float(jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)) < bound
+
+
+@pytest.mark.parametrize("name", moba_benchmark.CHECKS)
+def test_moba_kernels_are_as_exact_as_plain_attention_and_the_same_twice(name):
+    moba_benchmark.check(name)
+
+
+@pytest.mark.parametrize("sizes", HEAD_SIZES, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_full_attention_kernels_are_as_exact_as_plain_attention(sizes, dtype):
+    shapes = [(2, 1500, heads, size) for heads, size in ((4, sizes[0]), (2, sizes[0]), (2, sizes[1]), (4, sizes[1]))]
+    arrays = [jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
+
+    def run(q, k, v, implementation):
+        return attention(q, k, v, scale=0.1, max_logits=True, implementation=implementation)
+
+    def all_of(arrays, implementation):
+        run_one = partial(moba_benchmark.with_gradients, partial(run, implementation=implementation))
+        return jax.jit(run_one)(*arrays)
+
+    got, rounded = all_of(arrays, "sm90"), all_of(arrays, "reference")
+    with jax.default_matmul_precision("highest"):
+        exact = all_of([x.astype(jnp.float32) for x in arrays], "reference")
+    for mine, theirs, right in zip(*((r[0], *r[2]) for r in (got, rounded, exact)), strict=True):
+        error, plain = (jnp.linalg.norm(x.astype(jnp.float32) - right) for x in (mine, theirs))
+        assert error < 1.5 * plain
+    np.testing.assert_allclose(got[1], exact[1], atol=1e-4)
 
 
 def test_nano_learns_on_a_gpu(tmp_path):

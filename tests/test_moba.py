@@ -311,8 +311,8 @@ def test_choice_is_logged_once(caplog):
         ({"top_k": 0}, ValueError, "top_k=0 must be at least 1"),
         ({"block_size": 0}, ValueError, "block_size=0 must be at least 1"),
         ({"q_offset": 1}, ValueError, "leaves the 40 keys"),
-        ({"implementation": "flash"}, ValueError, "'reference', 'xla'"),
-        ({"implementation": "sm90"}, NotImplementedError, "not built yet; use 'xla'"),
+        ({"implementation": "flash"}, ValueError, "'reference', 'sm90', 'xla'"),
+        ({"implementation": "sm90"}, ValueError, "'sm90' cannot run: it needs a Hopper GPU"),
         ({"implementation": "tpu"}, NotImplementedError, "not built yet; use 'xla'"),
     ],
 )

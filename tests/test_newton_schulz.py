@@ -157,7 +157,7 @@ def test_the_symmetric_kernel_takes_every_symmetric_product_where_it_is_chosen(m
         taken.append((x.shape, y is None, c is None))
         return symmetric_matmul_reference(x, y, c, alpha, beta, gamma)
 
-    monkeypatch.setattr(symmetric_module, "_not_hopper", lambda: None)
+    monkeypatch.setattr(symmetric_module, "not_hopper", lambda: None)
     monkeypatch.setattr(symmetric_module, "SM90_MIN_ROWS", 128)
     monkeypatch.setattr(symmetric_module, "_sm90_on_gpus", kernel)
     x = np.stack([matrix("gauss"), matrix("log3")])

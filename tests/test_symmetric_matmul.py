@@ -270,7 +270,7 @@ def test_interpreted_kernel_is_right_in_every_bit(interpreted, name):
 def test_what_none_chose_on_a_hopper_gpu_is_no_kernel_in_a_program_for_another_platform(
     monkeypatch, platform, has_kernel
 ):
-    monkeypatch.setattr(room, "_not_hopper", lambda: None)
+    monkeypatch.setattr(room, "not_hopper", lambda: None)
     monkeypatch.setattr(room, "symmetric_matmul_sm90", functools.partial(symmetric_matmul_sm90, num_sms=H100_SMS))
     x, c = (jax.ShapeDtypeStruct((2, 1024, columns), jnp.bfloat16) for columns in (2048, 1024))
     calls = [jax.export.DisabledSafetyCheck.custom_call(f"mosaic_gpu{suffix}") for suffix in ("", "_v2")]

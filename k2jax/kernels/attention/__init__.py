@@ -8,15 +8,19 @@ import logging
 
 import jax.numpy as jnp
 
-from k2jax.kernels.attention import reference, xla
-from k2jax.kernels.partition import attend_over_mesh
+from k2jax.kernels.attention import reference, sm90, xla
+from k2jax.kernels.hopper import not_hopper
+from k2jax.kernels.partition import attend_over_mesh, mesh_axes
 
 logger = logging.getLogger(__name__)
 
 # Above this, skipping most of the future saves more than computing the logits again in the backward costs.
 REFERENCE_MAX_PAIRS = 2**17
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "sm90": sm90.attention}
+
+# Of the sizes that the Hopper kernels are built for, what None takes: those that have been measured on a GPU.
+MEASURED_HEAD_SIZES = ((128, 128),)
 
 
 def attention(
@@ -41,31 +45,56 @@ def attention(
       q_offset: an int, or int32 [B] (may be traced); `q_offset + T <= S` must hold.
       max_logits: also return each head's largest logit, which QK-Clip needs.
       implementation: 'reference' (keeps T x S logits), 'xla' (chunks of queries, recomputed in the backward),
-        or None, which chooses by size and logs the choice once.
+        'sm90' (Hopper GPUs), or None, which chooses by size and device and logs the choice once.
 
     Returns:
       out_BTHV in v's dtype, or `(out_BTHV, max_logit_BH)`: float32, signed, after `scale`, over unmasked
       pairs only, without gradient.
 
     Raises:
-      ValueError: for shapes that do not fit together or an unknown implementation.
+      ValueError: for shapes that do not fit together, an unknown implementation, or one that cannot do this.
 
     Source: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), equation 1; the chunked form
     follows Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (arXiv 2112.05682).
     """
     check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset)
-    pairs = q_BTHK.shape[1] * k_BSGK.shape[1]
+    reason = cannot_run_sm90(q_BTHK, k_BSGK, v_BSGV, scale, segment_ids, q_offset)
     if implementation is None:
-        implementation = "reference" if pairs <= REFERENCE_MAX_PAIRS else "xla"
-        _log_choice(implementation, q_BTHK.shape, k_BSGK.shape)
+        implementation, why = choose(q_BTHK.shape, k_BSGK.shape, v_BSGV.shape, reason)
+        _log_choice(implementation, why, q_BTHK.shape, k_BSGK.shape)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {sorted(IMPLEMENTATIONS)}")
+    if implementation == "sm90" and reason:
+        raise ValueError(f"implementation='sm90' cannot run: {reason}")
     attend = functools.partial(IMPLEMENTATIONS[implementation], scale=scale)
     if not isinstance(q_offset, int):
         q_offset = jnp.broadcast_to(q_offset, q_BTHK.shape[:1])
     outs = reference.Attended("BTHV", "BHT", "BH")
     attended = attend_over_mesh(attend, q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset, outs)
     return (attended.out_BTHV, attended.max_logit_BH) if max_logits else attended.out_BTHV
+
+
+def choose(q_shape, k_shape, v_shape, not_sm90: str | None) -> tuple[str, str]:
+    """The implementation None stands for, and the reason. not_sm90: why the Hopper kernels cannot run, or None."""
+    pairs = q_shape[1] * k_shape[1]
+    if pairs <= REFERENCE_MAX_PAIRS:
+        return "reference", f"{pairs} pairs of queries and keys are at most {REFERENCE_MAX_PAIRS}"
+    sizes = (q_shape[3], v_shape[3])
+    if not not_sm90 and sizes not in MEASURED_HEAD_SIZES:
+        not_sm90 = f"heads of sizes {sizes} have not been measured on a GPU; name 'sm90' to take it"
+    return (
+        ("xla", f"not 'sm90': {not_sm90}") if not_sm90 else ("sm90", "a Hopper GPU, and a call that its kernels take")
+    )
+
+
+def cannot_run_sm90(q_BTHK, k_BSGK, v_BSGV, scale, segment_ids, q_offset) -> str | None:
+    """Why the Hopper kernels cannot compute this call of full attention here, or None."""
+    if reason := not_hopper():
+        return reason
+    if "T" in mesh_axes({"q_BTHK": q_BTHK}):
+        return "queries that are cut over a mesh are not built"
+    shapes = (q_BTHK.shape, k_BSGK.shape, v_BSGV.shape)
+    return sm90.refusal(*shapes, q_BTHK.dtype, scale=scale, segmented=segment_ids is not None, q_offset=q_offset)
 
 
 def check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset):
@@ -90,12 +119,5 @@ def check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset):
 
 
 @functools.cache
-def _log_choice(implementation, q_shape, k_shape):
-    logger.info(
-        "attention: %r for q %s, k %s (queries x keys %s %d)",
-        implementation,
-        q_shape,
-        k_shape,
-        "<=" if implementation == "reference" else ">",
-        REFERENCE_MAX_PAIRS,
-    )
+def _log_choice(implementation, why, q_shape, k_shape):
+    logger.info("attention: %r for q %s, k %s: %s", implementation, q_shape, k_shape, why)

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS
+from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, slot_of, wait_free
 
 KEYS = 64  # of a warpgroup
 UNIT = KEYS * CONSUMERS
@@ -68,63 +68,52 @@ def keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, chosen=None, span_Z2=N
     return kernel(k_BSGK, v_BSGV, *own, *chosen)
 
 
+class _Unit:
+    """The keys of this block of the GPU, and which rows read them; scalars in registers."""
+
+    def __init__(self, k_BSGK, num_heads, block_size, span_Z2):
+        S, G = k_BSGK.shape[1:3]
+        self.num_own_heads = num_heads // G
+        self.batch, self.key_head = (op(lax.axis_index("head"), jnp.int32(G)) for op in (lax.div, lax.rem))
+        self.start = lax.axis_index("unit") * UNIT
+        block = lax.div(self.start, jnp.int32(block_size))
+        # Own rows before the unit's first key see none of its keys; from its last key on, they see all of them.
+        end = jnp.minimum((block + 1) * block_size, S)
+        self.own_steps = lax.div(end - self.start + (ROWS - 1), jnp.int32(ROWS))
+        self.masked_steps = jnp.minimum(UNIT // ROWS, self.own_steps)
+        self.chosen_start, self.chosen_steps = jnp.int32(0), jnp.int32(0)
+        if span_Z2 is not None:
+            span = lax.axis_index("head") * -(-S // block_size) + block
+            self.chosen_start = span_Z2[span, 0]
+            self.chosen_steps = lax.div(span_Z2[span, 1] + (ROWS - 1), jnp.int32(ROWS))
+
+    def keys_of(self, array, wg):
+        return array.at[self.batch, pl.ds(self.start + wg * KEYS, KEYS), self.key_head]
+
+    def chosen_rows_of(self, array, step):
+        return array.at[pl.ds(self.chosen_start + step * ROWS, ROWS)]
+
+    def own_rows_of(self, array, step, r):
+        rows, head = pl.ds(self.start + step * ROWS, ROWS), self.key_head * self.num_own_heads + r
+        return array.at[self.batch, rows, head] if len(array.shape) == 4 else array.at[self.batch, head, rows]
+
+
 def _kernel(
     k_BSGK, v_BSGV, *refs, scale, block_size, k_WNK, v_WNV, q_RQK, dout_RQV, lse_RQ, delta_RQ, kv_full, full, empty
 ):
     *rows, dk_BSGK, dv_BSGV = refs
     own, (span_Z2, *chosen) = rows[:4], rows[4:] or (None,)
-    S, G = k_BSGK.shape[1:3]
-    num_own_heads, num_blocks = own[0].shape[2] // G, -(-S // block_size)
+    unit = _Unit(k_BSGK, own[0].shape[2], block_size, span_Z2)
     wg = lax.axis_index("wg")
-    batch, key_head = (op(lax.axis_index("head"), jnp.int32(G)) for op in (lax.div, lax.rem))
-    unit = lax.axis_index("unit") * UNIT
-    block = lax.div(unit, jnp.int32(block_size))
-    dtype = k_BSGK.dtype
-
-    # Own rows before the unit's first key see none of its keys; from its last key on, they see all of them.
-    block_end = jnp.minimum((block + 1) * block_size, S)
-    own_steps = lax.div(block_end - unit + (ROWS - 1), jnp.int32(ROWS))
-    masked_steps = jnp.minimum(UNIT // ROWS, own_steps)
-    if chosen:
-        span = lax.axis_index("head") * num_blocks + block
-        chosen_steps = lax.div(span_Z2[span, 1] + (ROWS - 1), jnp.int32(ROWS))
-    else:
-        chosen_steps = jnp.int32(0)
-
-    def keys_of(array, i):
-        return array.at[batch, pl.ds(unit + i * KEYS, KEYS), key_head]
+    rings = (q_RQK, dout_RQV, lse_RQ, delta_RQ)
 
     @pl.when(wg == PRODUCER)
     def _produce():
         plgpu.set_max_registers(40, action="decrease")
         for i in range(CONSUMERS):
-            plgpu.copy_gmem_to_smem(keys_of(k_BSGK, i), k_WNK.at[i], kv_full.at[i])
-            plgpu.copy_gmem_to_smem(keys_of(v_BSGV, i), v_WNV.at[i], kv_full.at[i])
-
-        def stream(arrays, rows_of, steps, so_far):
-            @pl.loop(0, steps)
-            def _step(i):
-                slot = lax.rem(so_far + i, jnp.int32(SLOTS))
-
-                @pl.when(so_far + i >= SLOTS)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
-
-                for array, ring in zip(arrays, (q_RQK, dout_RQV, lse_RQ, delta_RQ), strict=True):
-                    plgpu.copy_gmem_to_smem(rows_of(array, i * ROWS), ring.at[slot], full.at[slot])
-
-        if chosen:
-            stream(chosen, lambda x, row: x.at[pl.ds(span_Z2[span, 0] + row, ROWS)], chosen_steps, jnp.int32(0))
-
-        @pl.loop(0, num_own_heads)
-        def _own_head(r):
-            head = key_head * num_own_heads + r
-
-            def rows_of(array, row):
-                rows = pl.ds(unit + row, ROWS)
-                return array.at[batch, rows, head] if len(array.shape) == 4 else array.at[batch, head, rows]
-
-            stream(own, rows_of, own_steps, chosen_steps + r * own_steps)
+            plgpu.copy_gmem_to_smem(unit.keys_of(k_BSGK, i), k_WNK.at[i], kv_full.at[i])
+            plgpu.copy_gmem_to_smem(unit.keys_of(v_BSGV, i), v_WNV.at[i], kv_full.at[i])
+        _stream(unit, own, chosen, rings, full, empty)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -132,55 +121,87 @@ def _kernel(
         plgpu.barrier_wait(kv_full.at[wg])
         k_NK, v_NV = k_WNK.at[wg], v_WNV.at[wg]
 
-        def step(i, dk_NK, dv_NV, so_far, masked):
-            """Adds 64 rows. masked: they begin i * 64 behind the unit's first key."""
-            slot = lax.rem(so_far + i, jnp.int32(SLOTS))
-            plgpu.barrier_wait(full.at[slot])
-
-            def logits(acc_NQ):
-                plgpu.wgmma(acc_NQ, k_NK, q_RQK.at[slot].transpose((1, 0)))
-                return acc_NQ[...]
-
-            s_NQ = pl.run_scoped(logits, plgpu.ACC((KEYS, ROWS), jnp.float32))
-            lse_Q = plgpu.load(lse_RQ.at[slot], layout=COLUMN) * LOG2E
-            delta_Q = plgpu.load(delta_RQ.at[slot], layout=COLUMN)
-            p_NQ = jnp.exp2(s_NQ * (scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
-            if masked:
-                key_NQ = plgpu.broadcasted_iota(jnp.int32, s_NQ.shape, 0, layout=plgpu.Layout.WGMMA)
-                row_NQ = plgpu.broadcasted_iota(jnp.int32, s_NQ.shape, 1, layout=plgpu.Layout.WGMMA)
-                p_NQ = jnp.where(row_NQ + i * ROWS >= key_NQ + wg * KEYS, p_NQ, 0.0)
-
-            def chances(dp_NQ):
-                plgpu.wgmma(dp_NQ, v_NV, dout_RQV.at[slot].transpose((1, 0)))
-                plgpu.wgmma(dv_NV, p_NQ.astype(dtype), dout_RQV.at[slot])
-                return plgpu.wgmma_accumulator_load(dp_NQ, wait_n=1)  # While the second product still runs.
-
-            dp_NQ = pl.run_scoped(chances, plgpu.ACC((KEYS, ROWS), jnp.float32))
-            ds_NQ = p_NQ * (dp_NQ - lax.broadcast_in_dim(delta_Q, dp_NQ.shape, [1]))
-            plgpu.wgmma(dk_NK, ds_NQ.astype(dtype), q_RQK.at[slot])
-            # The vectors were read by ordinary loads, which this orders before the copy that overwrites them.
-            plgpu.commit_smem()
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(empty.at[slot])
-
         def all_steps(dk_NK, dv_NV):
-            add = functools.partial(step, dk_NK=dk_NK, dv_NV=dv_NV)
+            add = functools.partial(
+                _add_rows,
+                scale=scale,
+                wg=wg,
+                keys=(k_NK, v_NV),
+                sums=(dk_NK, dv_NV),
+                rings=rings,
+                full=full,
+                empty=empty,
+            )
             if chosen:
-                pl.loop(0, chosen_steps)(functools.partial(add, so_far=jnp.int32(0), masked=False))
+                pl.loop(0, unit.chosen_steps)(functools.partial(add, so_far=jnp.int32(0), masked=False))
 
-            @pl.loop(0, num_own_heads)
+            @pl.loop(0, unit.num_own_heads)
             def _own_head(r):
-                so_far = chosen_steps + r * own_steps
-                pl.loop(0, masked_steps)(functools.partial(add, so_far=so_far, masked=True))
-                pl.loop(masked_steps, own_steps)(functools.partial(add, so_far=so_far, masked=False))
+                so_far = unit.chosen_steps + r * unit.own_steps
+                pl.loop(0, unit.masked_steps)(functools.partial(add, so_far=so_far, masked=True))
+                pl.loop(unit.masked_steps, unit.own_steps)(functools.partial(add, so_far=so_far, masked=False))
 
             return dk_NK[...], dv_NV[...]
 
         sums = [plgpu.ACC((KEYS, x.shape[-1]), jnp.float32) for x in (k_BSGK, v_BSGV)]
         dk_NK, dv_NV = pl.run_scoped(all_steps, *sums)
-        k_NK[...] = (dk_NK * scale).astype(dtype)
-        v_NV[...] = dv_NV.astype(dtype)
+        k_NK[...] = (dk_NK * scale).astype(k_BSGK.dtype)
+        v_NV[...] = dv_NV.astype(v_BSGV.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_NK, keys_of(dk_BSGK, wg))
-        plgpu.copy_smem_to_gmem(v_NV, keys_of(dv_BSGV, wg))
+        plgpu.copy_smem_to_gmem(k_NK, unit.keys_of(dk_BSGK, wg))
+        plgpu.copy_smem_to_gmem(v_NV, unit.keys_of(dv_BSGV, wg))
         plgpu.wait_smem_to_gmem(0)
+
+
+def _stream(unit, own, chosen, rings, full, empty):
+    """Copies 64 rows at a time: those that chose the unit's block, then its own of each query head."""
+
+    def stream(arrays, rows_of, steps, so_far):
+        @pl.loop(0, steps)
+        def _step(i):
+            wait_free(so_far + i, empty, SLOTS)
+            slot = slot_of(so_far + i, SLOTS)
+            for array, ring in zip(arrays, rings, strict=True):
+                plgpu.copy_gmem_to_smem(rows_of(array, i), ring.at[slot], full.at[slot])
+
+    if chosen:
+        stream(chosen, unit.chosen_rows_of, unit.chosen_steps, jnp.int32(0))
+
+    @pl.loop(0, unit.num_own_heads)
+    def _own_head(r):
+        rows_of = functools.partial(unit.own_rows_of, r=r)
+        stream(own, rows_of, unit.own_steps, unit.chosen_steps + r * unit.own_steps)
+
+
+def _add_rows(i, so_far, masked, *, scale, wg, keys, sums, rings, full, empty):
+    """Adds what 64 rows send back. masked: they begin i * 64 behind the unit's first key."""
+    (k_NK, v_NV), (dk_NK, dv_NV), (q_RQK, dout_RQV, lse_RQ, delta_RQ) = keys, sums, rings
+    dtype = q_RQK.dtype
+    slot = slot_of(so_far + i, SLOTS)
+    plgpu.barrier_wait(full.at[slot])
+
+    def logits(acc_NQ):
+        plgpu.wgmma(acc_NQ, k_NK, q_RQK.at[slot].transpose((1, 0)))
+        return acc_NQ[...]
+
+    s_NQ = pl.run_scoped(logits, plgpu.ACC((KEYS, ROWS), jnp.float32))
+    lse_Q = plgpu.load(lse_RQ.at[slot], layout=COLUMN) * LOG2E
+    delta_Q = plgpu.load(delta_RQ.at[slot], layout=COLUMN)
+    p_NQ = jnp.exp2(s_NQ * (scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
+    if masked:
+        key_NQ = plgpu.broadcasted_iota(jnp.int32, s_NQ.shape, 0, layout=plgpu.Layout.WGMMA)
+        row_NQ = plgpu.broadcasted_iota(jnp.int32, s_NQ.shape, 1, layout=plgpu.Layout.WGMMA)
+        p_NQ = jnp.where(row_NQ + i * ROWS >= key_NQ + wg * KEYS, p_NQ, 0.0)
+
+    def chances(dp_NQ):
+        plgpu.wgmma(dp_NQ, v_NV, dout_RQV.at[slot].transpose((1, 0)))
+        plgpu.wgmma(dv_NV, p_NQ.astype(dtype), dout_RQV.at[slot])
+        return plgpu.wgmma_accumulator_load(dp_NQ, wait_n=1)  # While the second product still runs.
+
+    dp_NQ = pl.run_scoped(chances, plgpu.ACC((KEYS, ROWS), jnp.float32))
+    ds_NQ = p_NQ * (dp_NQ - lax.broadcast_in_dim(delta_Q, dp_NQ.shape, [1]))
+    plgpu.wgmma(dk_NK, ds_NQ.astype(dtype), q_RQK.at[slot])
+    # The vectors were read by ordinary loads, which this orders before the copy that overwrites them.
+    plgpu.commit_smem()
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(empty.at[slot])

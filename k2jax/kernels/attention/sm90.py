@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.reference import Attended
-from k2jax.kernels.attention.tiles_sm90 import DTYPES, HEAD_SIZES, attend, padded, rows_gradient
+from k2jax.kernels.attention.tiles_sm90 import DTYPES, HEAD_SIZES, TILE, attend, padded, rows_gradient
 
 
 def refusal(q_shape, k_shape, v_shape, dtype, *, scale, segmented, q_offset) -> str | None:
@@ -21,6 +21,8 @@ def refusal(q_shape, k_shape, v_shape, dtype, *, scale, segmented, q_offset) -> 
         return f"q, k and v are {dtype}, and the kernels take {DTYPES}"
     if sizes not in HEAD_SIZES:
         return f"heads of sizes {sizes}: built are {HEAD_SIZES}"
+    if S < TILE:
+        return f"{S} keys are fewer than a tile of {TILE}"
     if segmented:
         return "segment_ids are not built"
     if T != S or not isinstance(q_offset, int) or q_offset != 0:

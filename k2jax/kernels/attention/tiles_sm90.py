@@ -238,9 +238,30 @@ def wait_free(number, empty, slots=SLOTS):
         plgpu.barrier_wait(empty.at[slot_of(number, slots)])
 
 
-def _copy_rows(array, ring_RWQ, tile, slot, full):
-    for wg in range(CONSUMERS):
-        plgpu.copy_gmem_to_smem(tile.rows_of(array, wg * ROWS, ROWS), ring_RWQ.at[slot, wg], full.at[slot])
+def _stream(work, block_Y, used_1, rows, row_barriers, keys):
+    """Copies the rows of every tile, (array, ring) each, and then its keys step by step, (array, ring, full, empty).
+
+    empty is None where a ring shares the barriers of the one before.
+    """
+    full, empty = row_barriers
+
+    def one(here, tile, so_far):
+        wait_free(here, empty, full.shape[0])
+        row_slot = slot_of(here, full.shape[0])
+        for array, ring in rows:
+            for wg in range(CONSUMERS):
+                plgpu.copy_gmem_to_smem(tile.rows_of(array, wg * ROWS, ROWS), ring.at[row_slot, wg], full.at[row_slot])
+
+        @pl.loop(0, tile.steps)
+        def _step(i):
+            number, N = so_far + i, work.step
+            slot = slot_of(number)
+            for array, ring, keys_full, keys_empty in keys:
+                if keys_empty is not None:
+                    wait_free(number, keys_empty)
+                plgpu.copy_gmem_to_smem(tile.keys_of(array, i * N, N), ring.at[slot], keys_full.at[slot])
+
+    work.walk(block_Y, used_1, one)
 
 
 def _visible(shape, row, key):
@@ -272,20 +293,8 @@ def _attend_kernel(
     def _produce():
         plgpu.set_max_registers(40, action="decrease")
 
-        def one(here, tile, so_far):
-            wait_free(here, q_empty, slots)
-            _copy_rows(q, q_RWQK, tile, slot_of(here, slots), q_full)
-
-            @pl.loop(0, tile.steps)
-            def _step(i):
-                number = so_far + i
-                slot = slot_of(number)
-                wait_free(number, k_empty)
-                plgpu.copy_gmem_to_smem(tile.keys_of(k_BSGK, i * N, N), k_RNK.at[slot], k_full.at[slot])
-                wait_free(number, v_empty)
-                plgpu.copy_gmem_to_smem(tile.keys_of(v_BSGV, i * N, N), v_RNV.at[slot], v_full.at[slot])
-
-        work.walk(block_Y, used_1, one)
+        keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, v_full, v_empty)]
+        _stream(work, block_Y, used_1, [(q, q_RWQK)], (q_full, q_empty), keys)
 
     def other_turn():
         plgpu.barrier_arrive(turn)
@@ -369,20 +378,8 @@ def _rows_gradient_kernel(
     def _produce():
         plgpu.set_max_registers(40, action="decrease")
 
-        def one(here, tile, so_far):
-            wait_free(here, q_empty, slots)
-            _copy_rows(q, q_RWQK, tile, slot_of(here, slots), q_full)
-            _copy_rows(dout, dout_RWQV, tile, slot_of(here, slots), q_full)
-
-            @pl.loop(0, tile.steps)
-            def _step(i):
-                number = so_far + i
-                slot = slot_of(number)
-                wait_free(number, k_empty)
-                plgpu.copy_gmem_to_smem(tile.keys_of(k_BSGK, i * N, N), k_RNK.at[slot], k_full.at[slot])
-                plgpu.copy_gmem_to_smem(tile.keys_of(v_BSGV, i * N, N), v_RNV.at[slot], k_full.at[slot])
-
-        work.walk(block_Y, used_1, one)
+        keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, k_full, None)]
+        _stream(work, block_Y, used_1, [(q, q_RWQK), (dout, dout_RWQV)], (q_full, q_empty), keys)
 
     @pl.when(wg < CONSUMERS)
     def _consume():

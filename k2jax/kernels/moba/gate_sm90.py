@@ -48,9 +48,9 @@ def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, *, block_size, num_sms
       there are fewer. A score that is no number is never chosen. What is behind T means nothing.
     """
     (B, T, H, K), dtype = q_BTHK.shape, q_BTHK.dtype
-    # Copies of blocks behind the last one read zeros, but not less than they have room for.
-    missing = max(0, STEP - mean_key_BDGK.shape[1])
-    mean_key_BDGK = jnp.pad(mean_key_BDGK, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    # Copies swizzle rows in groups of eight. What they read behind the last block is zero, and nobody's candidate.
+    D = mean_key_BDGK.shape[1]
+    mean_key_BDGK = jnp.pad(mean_key_BDGK, ((0, 0), (0, max(-D % 8, STEP - D)), (0, 0), (0, 0)))
     kernel = plgpu.kernel(
         functools.partial(_kernel, block_size=block_size),
         out_type=jax.ShapeDtypeStruct((B, H, num_chosen, padded(T)), jnp.int32),
@@ -170,9 +170,10 @@ def _best_of(score_QN, best, row, first_block, block_size):
         minus_Q = jnp.where(is_best_QN, minus_QN, -jnp.inf).max(axis=1)
         score_QN = jnp.where(minus_QN == lax.broadcast_in_dim(minus_Q, shape, [0]), -jnp.inf, score_QN)
         block_Q = -minus_Q
-        new = []
+        new, moved_Q = [], score_Q > jnp.inf
         for have_Q, have_block_Q in best:
-            better_Q = score_Q > have_Q
+            # What was moved goes before the next one, even if that is equal: it was found earlier.
+            better_Q = moved_Q = moved_Q | (score_Q > have_Q)
             new.append((jnp.where(better_Q, score_Q, have_Q), jnp.where(better_Q, block_Q, have_block_Q)))
             score_Q, block_Q = jnp.where(better_Q, have_Q, score_Q), jnp.where(better_Q, have_block_Q, block_Q)
         best = tuple(new)

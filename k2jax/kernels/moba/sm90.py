@@ -69,6 +69,15 @@ def moba_attention(
     return Attended(out_BTHV[:, :T], Residuals(lse_BHT[..., :T], max_BH, selected_BHTJ))
 
 
+def working_numbers(q_shape, v_shape, block_size, top_k):
+    """An estimate of the numbers of 32 bits that the backward holds beyond inputs and outputs."""
+    (B, T, H, K), V = q_shape, v_shape[3]
+    all_pairs = B * H * T * min(top_k - 1, (T - 1) // block_size)
+    # Gathered q and dout and the parts of dq at 16 bits; for each of all pairs its winner, of those at hand six more.
+    pairs = min(all_pairs, PAIRS)
+    return pairs * (2 * K + V) // 2 + 6 * pairs + all_pairs + B * H * T * (K + 4)
+
+
 class Settings(NamedTuple):
     """Static numbers of one call; see the legend."""
 

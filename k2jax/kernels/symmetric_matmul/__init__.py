@@ -8,6 +8,7 @@ import logging
 
 import jax
 
+from k2jax.kernels.hopper import not_hopper
 from k2jax.kernels.partition import mesh_axes, over_mesh
 from k2jax.kernels.symmetric_matmul.reference import symmetric_matmul_reference
 from k2jax.kernels.symmetric_matmul.sm90 import refusal, symmetric_matmul_sm90
@@ -48,7 +49,7 @@ def symmetric_matmul(x, c=None, *, y=None, alpha=1.0, beta=1.0, gamma=None, impl
         return symmetric_matmul(x, c, y=y, alpha=alpha, beta=beta, gamma=gamma, implementation=implementation)[0]
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r}: use None or one of {sorted(IMPLEMENTATIONS)}")
-    if implementation == "sm90" and (reason := _not_hopper() or _unfit(x)):
+    if implementation == "sm90" and (reason := not_hopper() or _unfit(x)):
         raise ValueError(f"implementation='sm90' cannot run: {reason}")
     run = IMPLEMENTATIONS[implementation] if implementation else _best(x)
     if x.ndim > 3:
@@ -76,7 +77,7 @@ def _check(x, c, y):
 
 def _best(x):
     """What None runs for x; says so once."""
-    reason = _not_hopper() or _unfit(x)
+    reason = not_hopper() or _unfit(x)
     if reason is None and x.shape[-2] < SM90_MIN_ROWS:
         reason = f"x has {x.shape[-2]} rows, fewer than {SM90_MIN_ROWS}"
     _say_once("reference" if reason else "sm90", reason or "a Hopper GPU and enough rows")
@@ -92,13 +93,6 @@ def _sm90_on_gpus(x_BNM, y_BNM, c_BNN, alpha, beta, gamma):
 
 def _unfit(x):
     return "it takes at most one batch axis" if x.ndim > 3 else refusal(x)
-
-
-@functools.cache
-def _not_hopper():
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    return None if capability == "9.0" else f"it needs a Hopper GPU, and the default device is {device.device_kind}"
 
 
 @functools.cache

@@ -1,0 +1,268 @@
+"""MoBA and full attention for Hopper: the kernels interpreted and lowered, the grouping, the choice of None.
+
+The interpreter simulates the kernels' blocks, barriers and copies on a CPU and looks for races; what the compiler makes
+of them only a GPU shows: `make gpu`, `python -m benchmarks.moba`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import k2jax.moba_pallas as moba_pallas
+from k2jax.kernels import attention as attention_room
+from k2jax.kernels.attention import attention
+from k2jax.kernels.attention import sm90 as full_sm90
+from k2jax.kernels.moba import sm90
+from k2jax.kernels.moba.gate_sm90 import choose_blocks_sm90
+from k2jax.kernels.moba.grouping import group, num_tiles
+from k2jax.kernels.symmetric_matmul.sm90 import H100_SMS
+from k2jax.moba_pallas import moba_attention, moba_attention_plan
+from tests.on_devices import told_by
+
+# --- the kernels, interpreted -------------------------------------------------------------------------------------
+
+INTERPRET = """
+import contextlib, functools, io, json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from benchmarks.moba import as_selected, with_gradients
+from k2jax.kernels.attention import sm90 as full
+from k2jax.kernels.moba import reference, sm90
+from k2jax.kernels.moba.blocks import choose
+from k2jax.kernels.moba.gate_sm90 import choose_blocks_sm90
+from tests import gpu_interpreter
+from tests.test_moba_sm90 import ATTENDS, GATES
+
+gpu_interpreter.patch()
+interpret = plgpu.InterpretGPUParams(detect_races=True)
+
+def random(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+def attend(case):
+    B, T, H, G, K, V, C, k, dtype, pairs = case
+    sm90.PAIRS = pairs
+    shapes = ((B, T, H, K), (B, T, G, K), (B, T, G, V), (B, T, H, V))
+    arrays = [random(i, *shape).astype(dtype) for i, shape in enumerate(shapes)]
+    scale = K**-0.5
+    def run(q, k_, v):
+        if C is None:
+            out, lse, largest = full.attention(q, k_, v, scale=scale, num_sms=3, interpret=interpret)
+            return out, (lse, largest, None)
+        return tuple(sm90.moba_attention(q, k_, v, block_size=C, top_k=k, scale=scale, num_sms=3, interpret=interpret))
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        got = with_gradients(run, *arrays)
+        jax.block_until_ready(got)
+    if C is None:
+        selected, agree = jnp.zeros((B, H, T, 1), jnp.int32), 1.0
+    else:
+        selected = got[1].selected_BHTJ
+        definition = reference.moba_attention(*arrays[:3], block_size=C, top_k=k, scale=scale)
+        agree = float((selected == definition.residuals.selected_BHTJ).mean())
+    def plain(*qkv):
+        return as_selected(*qkv, selected, C or T, scale)
+    rounded, exact = with_gradients(plain, *arrays), with_gradients(plain, *(x.astype(jnp.float32) for x in arrays))
+    def error(x, right):
+        return float(jnp.linalg.norm(x.astype(jnp.float32) - right) / jnp.linalg.norm(right))
+    told = {"agree": agree, "race": said.getvalue().partition("RACE")[2][:1000]}
+    for i, what in enumerate(("out", "dq", "dk", "dv")):
+        mine, theirs, right = ((r[0], *r[2])[i] for r in (got, rounded, exact))
+        told[what] = error(mine, right) / error(theirs, right)
+    for i, what in enumerate(("lse", "max_logit")):
+        told[what] = float(jnp.abs(got[1][i] - exact[1][i]).max())
+    return told
+
+def gate(case):
+    B, T, H, G, C, chosen, dtype = case
+    D = -(-T // C)
+    rng = np.random.default_rng(0)
+    q, mean = (jnp.asarray(rng.integers(-1, 2, shape), dtype) for shape in ((B, T, H, 64), (B, D, G, 64)))
+    got = choose_blocks_sm90(q, mean, chosen, block_size=C, num_sms=3, interpret=interpret)
+    score = jnp.einsum("bthk,bdhk->bhtd", q.astype(jnp.float32), jnp.repeat(mean, H // G, axis=2).astype(jnp.float32))
+    candidate = jnp.arange(D) < (jnp.arange(T) // C)[:, None]
+    right = choose(score, jnp.broadcast_to(candidate, score.shape), chosen)
+    return int((got[..., :T].swapaxes(2, 3) != right).sum())
+
+name = sys.argv[1]
+print(json.dumps(attend(ATTENDS[name]) if name in ATTENDS else gate(GATES[name])))
+"""
+
+# batch, tokens, query heads, key heads, sizes of keys and values, block size (None: full attention), top_k, type, PAIRS
+ATTENDS = {
+    "a tile and a half, grouped heads": (1, 300, 2, 1, 128, 128, 128, 2, "bfloat16", 2**22),
+    "heads in steps, an odd length": (2, 301, 4, 2, 64, 64, 128, 3, "bfloat16", 900),
+    "MLA": (1, 400, 1, 1, 192, 128, 128, 2, "bfloat16", 2**22),
+    "float16": (1, 500, 1, 1, 128, 128, 128, 3, "float16", 2**22),
+    "own block alone": (1, 300, 2, 1, 64, 64, 128, 1, "bfloat16", 2**22),
+    "large blocks": (1, 700, 1, 1, 64, 64, 256, 2, "bfloat16", 2**22),
+    "more choices than blocks": (1, 300, 1, 1, 64, 64, 128, 9, "bfloat16", 2**22),
+    "full": (2, 301, 4, 2, 64, 64, None, None, "bfloat16", None),
+    "full MLA": (1, 200, 2, 2, 192, 128, None, None, "float16", None),
+}
+QUICK = {"a tile and a half, grouped heads", "full"}
+
+# batch, tokens, query heads, key heads, block size, chosen, type; small whole numbers, so that many scores are equal
+GATES = {
+    "ties": (1, 600, 2, 1, 16, 3, "bfloat16"),
+    "more than a step of blocks": (1, 1200, 1, 1, 8, 7, "float16"),
+    "one of a few": (2, 300, 1, 1, 128, 1, "bfloat16"),
+}
+
+
+def interpret(name):
+    with pytest.MonkeyPatch.context() as patch:
+        # Every simulated warpgroup that waits at a barrier holds a thread of XLA's pool, which has one per core.
+        patch.setenv("NPROC", "24")
+        return told_by(INTERPRET, 1, arguments=[name])
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.check) for n in ATTENDS])
+def test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type(name):
+    told = interpret(name)
+    assert told["race"] == ""
+    assert told["agree"] > 0.999
+    assert max(told[what] for what in ("out", "dq", "dk", "dv")) < 1.5, told
+    assert max(told["lse"], told["max_logit"]) < 1e-5, told
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_interpreted_gate_chooses_as_the_definition_does_where_scores_are_equal(name):
+    assert interpret(name) == 0
+
+
+# --- the grouping -------------------------------------------------------------------------------------------------
+
+
+def random_choices(B, H, T, D, C, J, seed=0):
+    """Distinct earlier blocks of each query in [B, H, J, T], -1 where there are fewer."""
+    rng = np.random.default_rng(seed)
+    winner = np.full((B, H, J, T), -1, np.int32)
+    for b, h, t in np.ndindex(B, H, T):
+        chosen = rng.permutation(min(t // C, D))[:J]
+        winner[b, h, : len(chosen), t] = chosen
+    return winner
+
+
+@pytest.mark.parametrize("kind", ["random", "all want one block", "nobody chooses"])
+def test_every_pair_has_a_place_in_a_tile_of_its_block(kind):
+    B, H, R, T, C, J, L = 2, 4, 2, 48, 8, 3, 16
+    D = T // C
+    winner = random_choices(B, H, T, D, C, J)
+    if kind == "all want one block":
+        winner[:, :, 1:] = -1
+        winner[:, :, 0] = np.where(winner[:, :, 0] < 0, -1, 0)
+    if kind == "nobody chooses":
+        winner[:] = -1
+    Y = num_tiles(B * H * C * sum(min(J, n) for n in range(D)), B * H // R * D, L)
+    groups = jax.tree.map(np.asarray, jax.jit(group, static_argnums=(1, 2, 3, 4))(jnp.asarray(winner), R, D, L, Y))
+    assert (groups.place_BHJT[winner < 0] == Y * L).all()
+    places = groups.place_BHJT[winner >= 0]
+    assert len(set(places)) == len(places)
+    used, span = int(groups.used_1[0]), groups.span_Z2
+    for b, h, j, t in zip(*np.nonzero(winner >= 0), strict=True):
+        place = groups.place_BHJT[b, h, j, t]
+        block = (b * H + h) // R * D + winner[b, h, j, t]
+        assert groups.row_P[place] == (b * H + h) * T + t
+        assert groups.block_Y[place // L] == block
+        assert place // L < used
+        assert span[block, 0] <= place < span[block, 0] + span[block, 1]
+    assert (groups.row_P >= 0).sum() == (winner >= 0).sum() == span[:, 1].sum()
+    assert (span[:, 0] % L == 0).all()
+
+
+# --- lowering and choosing ----------------------------------------------------------------------------------------
+
+
+def lowered(run, *shapes):
+    """The MLIR of forward and gradient for a GPU, shared memory counted; not machine code."""
+    calls = [jax.export.DisabledSafetyCheck.custom_call(f"mosaic_gpu{suffix}") for suffix in ("", "_v2")]
+    loss = jax.grad(lambda *qkv: run(*qkv).out_BTHV.astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    return jax.export.export(jax.jit(loss), platforms=["cuda"], disabled_checks=calls)(*shapes).mlir_module()
+
+
+@pytest.mark.parametrize("sizes", full_sm90.HEAD_SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "T"), [("bfloat16", 1500), pytest.param("float16", 4096, marks=pytest.mark.check)])
+def test_kernels_lower_for_a_gpu_without_one(sizes, dtype, T):
+    q, k, v = (jax.ShapeDtypeStruct((2, T, h, n), dtype) for h, n in ((4, sizes[0]), (2, sizes[0]), (2, sizes[1])))
+    options = {"scale": 0.1, "num_sms": H100_SMS}
+    assert "mosaic_gpu" in lowered(functools.partial(full_sm90.attention, **options), q, k, v)
+    moba = functools.partial(sm90.moba_attention, block_size=256, top_k=4, **options)
+    assert "mosaic_gpu" in lowered(moba, q, k, v)
+
+
+@pytest.mark.parametrize("chosen", [1, 7, 15])
+def test_the_gate_lowers_at_a_long_context(chosen):
+    q, mean = (jax.ShapeDtypeStruct((2, n, 16, 128), jnp.bfloat16) for n in (65536, 512))
+    calls = [jax.export.DisabledSafetyCheck.custom_call(f"mosaic_gpu{suffix}") for suffix in ("", "_v2")]
+    gate = functools.partial(choose_blocks_sm90, num_chosen=chosen, block_size=128, num_sms=H100_SMS)
+    jax.export.export(jax.jit(gate), platforms=["cuda"], disabled_checks=calls)(q, mean)
+
+
+def call(**changes):
+    """Shapes of a call that the kernels take, but for the changes."""
+    sizes = {"B": 1, "T": 2048, "S": 2048, "H": 2, "G": 2, "K": 128, "V": 128, "dtype": jnp.bfloat16} | changes
+    B, T, S, H, G, K, V, dtype = sizes.values()
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in ((B, T, H, K), (B, S, G, K), (B, S, G, V))]
+
+
+REFUSED = [
+    ({"dtype": jnp.float32}, {}, "q, k and v are float32"),
+    ({"T": 64, "S": 64}, {"top_k": 1}, "64 keys are fewer than a tile of 128"),
+    ({"K": 96}, {}, r"heads of sizes \(96, 128\): built are"),
+    ({}, {"block_size": 192}, "block_size=192 is no multiple of 128"),
+    ({"T": 4096, "S": 4096}, {"top_k": 17}, "top_k=17 is more than 16"),
+    ({}, {"segment_ids": jax.ShapeDtypeStruct((1, 2048), jnp.int32)}, "segment_ids are not built"),
+    ({"T": 1024}, {"q_offset": 1024}, "1024 queries at q_offset=1024 of 2048 keys: only whole sequences"),
+    ({}, {"scale": -1.0}, "scale=-1.0 is not positive"),
+]
+
+
+@pytest.mark.parametrize(("changes", "arguments", "message"), REFUSED)
+def test_a_named_kernel_says_why_it_cannot_and_none_takes_another(monkeypatch, changes, arguments, message):
+    on_hopper(monkeypatch)
+    arguments = {"block_size": 128, "top_k": 3} | arguments
+    run = functools.partial(moba_attention, **{n: x for n, x in arguments.items() if n != "segment_ids"})
+    inputs = (*call(**changes), arguments.get("segment_ids"))
+
+    def attend(q, k, v, segments, implementation=None):
+        return run(q, k, v, segment_ids=segments, implementation=implementation)
+
+    with pytest.raises(ValueError, match=f"implementation='sm90' cannot run: .*{message}"):
+        jax.eval_shape(functools.partial(attend, implementation="sm90"), *inputs)
+    jax.eval_shape(attend, *inputs)
+    known = {n: x for n, x in arguments.items() if n != "scale"}
+    if arguments.get("scale") is None:
+        assert "implementation: xla" in moba_attention_plan(*call(**changes), **known)
+
+
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(attention_room, "not_hopper", lambda: None)
+    monkeypatch.setattr(jax.devices()[0].__class__, "core_count", H100_SMS, raising=False)
+
+
+def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch):
+    on_hopper(monkeypatch)
+    plan = functools.partial(moba_attention_plan, block_size=128, top_k=3)
+    assert plan(*call()).startswith("implementation: sm90\nreason: a Hopper GPU")
+    assert plan(*call(T=384, S=384)).startswith("implementation: full-sm90\nreason: 384 tokens fit in")
+    unmeasured = plan(*call(K=192))
+    assert unmeasured.startswith("implementation: xla")
+    assert "heads of sizes (192, 128) have not been measured on a GPU; name 'sm90'" in unmeasured
+    choice, _ = moba_pallas._choose(
+        *call(), block_size=128, top_k=3, scale=1.0, segment_ids=None, q_offset=jnp.zeros(1, jnp.int32)
+    )
+    assert choice == "xla"
+    assert attention_room.choose((1, 2048, 2, 128), (1, 2048, 2, 128), (1, 2048, 2, 128), None)[0] == "sm90"
+
+
+def test_without_a_hopper_gpu_the_name_is_refused_with_the_reason():
+    q, k, v = (jnp.zeros(x.shape, x.dtype) for x in call(T=256, S=256))
+    for run in (
+        functools.partial(moba_attention, block_size=128, top_k=1, implementation="sm90"),
+        functools.partial(attention, scale=1.0, implementation="sm90"),
+    ):
+        with pytest.raises(ValueError, match="implementation='sm90' cannot run: it needs a Hopper GPU"):
+            run(q, k, v)
