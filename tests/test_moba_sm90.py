@@ -94,6 +94,7 @@ print(json.dumps(attend(ATTENDS[name]) if name in ATTENDS else gate(GATES[name])
 ATTENDS = {
     "a tile and a half, grouped heads": (1, 300, 2, 1, 128, 128, 128, 2, "bfloat16", 2**22),
     "heads in steps, an odd length": (2, 301, 4, 2, 64, 64, 128, 3, "bfloat16", 900),
+    "batch rows in steps": (2, 301, 2, 2, 64, 64, 128, 2, "bfloat16", 700),
     "MLA": (1, 400, 1, 1, 192, 128, 128, 2, "bfloat16", 2**22),
     "float16": (1, 500, 1, 1, 128, 128, 128, 3, "float16", 2**22),
     "own block alone": (1, 300, 2, 1, 64, 64, 128, 1, "bfloat16", 2**22),
@@ -124,8 +125,8 @@ def test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type(name)
     told = interpret(name)
     assert told["race"] == ""
     assert told["agree"] > 0.999
-    assert max(told[what] for what in ("out", "dq", "dk", "dv")) < 1.5, told
-    assert max(told["lse"], told["max_logit"]) < 1e-5, told
+    assert all(told[what] < 1.5 for what in ("out", "dq", "dk", "dv")), told
+    assert all(told[what] < 1e-5 for what in ("lse", "max_logit")), told
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -48,6 +48,8 @@ PARITY = "tests/test_update_parity.py::"
 GROUPS = "tests/test_muon_groups.py::"
 ON_A_MESH = f"{GROUPS}test_many_devices_tell_what_one_tells_and_leave_the_result_where_it_was"
 HOPPER = "tests/test_moba_sm90.py::"
+HOPPER_GATE = f"{HOPPER}test_interpreted_gate_chooses_as_the_definition_does_where_scores_are_equal"
+HOPPER_IS_EXACT = f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type"
 DATA = "tests/test_pipeline.py::"
 MIXTURE = "tests/test_mixture.py::"
 ONE_STEP = "tests/test_step.py::"
@@ -1115,63 +1117,63 @@ KERNELS_MUTANTS = (
         "k2jax/kernels/moba/gate_sm90.py",
         "better_Q = moved_Q = moved_Q | (score_Q > have_Q)",
         "better_Q = moved_Q = score_Q > have_Q",
-        f"{HOPPER}test_interpreted_gate_chooses_as_the_definition_does_where_scores_are_equal[more than a step of blocks]",
+        f"{HOPPER_GATE}[more than a step of blocks]",
     ),
     Mutant(
         "the gate offers a query its own block",
         "k2jax/kernels/moba/gate_sm90.py",
         "(column_QN + (first_block + 1)) * block_size",
         "(column_QN + first_block) * block_size",
-        f"{HOPPER}test_interpreted_gate_chooses_as_the_definition_does_where_scores_are_equal[ties]",
+        f"{HOPPER_GATE}[ties]",
     ),
     Mutant(
         "the Hopper kernel hides a query's own key",
         "k2jax/kernels/attention/tiles_sm90.py",
         "return row_QN + row >= key_QN + key",
         "return row_QN + row > key_QN + key",
-        f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type[full]",
+        f"{HOPPER_IS_EXACT}[full]",
     ),
     Mutant(
         "the softmax's sum is not rescaled with the maximum",
         "k2jax/kernels/attention/tiles_sm90.py",
         "sum_Q = sum_Q * faded_Q + p_QN.sum(axis=1)",
         "sum_Q = sum_Q + p_QN.sum(axis=1)",
-        f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type[full]",
+        f"{HOPPER_IS_EXACT}[full]",
     ),
     Mutant(
         "delta is left out of the keys' gradient",
         "k2jax/kernels/attention/keys_gradient_sm90.py",
         "ds_NQ = p_NQ * (dp_NQ - lax.broadcast_in_dim(delta_Q, dp_NQ.shape, [1]))",
         "ds_NQ = p_NQ * dp_NQ",
-        f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type[full]",
+        f"{HOPPER_IS_EXACT}[full]",
     ),
     Mutant(
         "own queries of the first head count for every head",
         "k2jax/kernels/attention/keys_gradient_sm90.py",
         "self.key_head * self.num_own_heads + r",
         "self.key_head * self.num_own_heads + 0 * r",
-        f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type[full]",
+        f"{HOPPER_IS_EXACT}[full]",
     ),
     Mutant(
         "probabilities behind the last query are one",
         "k2jax/kernels/attention/sm90.py",
         "lse_BHT = jnp.pad(lse_BHT, to_tile, constant_values=jnp.inf)",
         "lse_BHT = jnp.pad(lse_BHT, to_tile, constant_values=jnp.nan)",
-        f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type[full]",
+        f"{HOPPER_IS_EXACT}[full]",
     ),
     Mutant(
         "a chosen block's part is weighed as if it were alone",
         "k2jax/kernels/moba/sm90.py",
         "weight_of(lse_BHJT[:, :, j])",
         "weight_of(joined_BHT)",
-        f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type[a tile and a half, grouped heads]",
+        f"{HOPPER_IS_EXACT}[a tile and a half, grouped heads]",
     ),
     Mutant(
         "gathered queries are those of the first key head",
         "k2jax/kernels/moba/sm90.py",
         "index_P = (head_P // H * T + t_P) * H + head_P % H",
         "index_P = (head_P // H * T + t_P) * H",
-        f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type[a tile and a half, grouped heads]",
+        f"{HOPPER_IS_EXACT}[a tile and a half, grouped heads]",
     ),
     Mutant(
         "tiles of equal blocks overlap",

@@ -11,6 +11,7 @@ of a block, D blocks, Z = B * G * D, N keys of a warpgroup, W warpgroups, Q rows
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, slot_of, wait_free
+from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, padded, slot_of, wait_free
 
 KEYS = 64  # of a warpgroup
 UNIT = KEYS * CONSUMERS
@@ -27,7 +28,29 @@ SLOTS = 3
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, chosen=None, span_Z2=None, *, interpret=None):
+class KeyHeads(NamedTuple):
+    """Some key heads of some batch rows: `num_heads` of them from `head` on in each of `num_rows` from `batch` on.
+
+    They follow each other: either there is one batch row, or they are all of a row's.
+    """
+
+    batch: jax.Array | int
+    head: jax.Array | int
+    num_rows: int
+    num_heads: int
+    all_heads: int
+
+    def first_block(self, num_blocks):
+        """The number (b * G + g) * D + n of their first block, of `num_blocks` for each head."""
+        return (self.batch * self.all_heads + self.head) * num_blocks
+
+    def first_query(self, q_BTHK):
+        """The place (b * H + h) * T of their first query in a vector of all."""
+        H = q_BTHK.shape[2]
+        return (self.batch * H + self.head * (H // self.all_heads)) * padded(q_BTHK.shape[1])
+
+
+def keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, chosen=None, span_Z2=None, *, heads=None, interpret=None):
     """dk and dv, summed over all rows that read a key.
 
     Args:
@@ -36,18 +59,23 @@ def keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, chosen=None, span_Z2=N
       k_BSGK, v_BSGV: bfloat16 or float16.
       chosen: the same of rows that chose a block, gathered: (q_PK, dout_PV, lse_P, delta_P). lse is +inf for a row that
         is none, and a block's rows are followed by such rows up to a multiple of 64.
-      span_Z2: int32, of each block (b * G + g) * D + n its first gathered row, a multiple of 64, and their number.
+      span_Z2: int32, of each of the heads' blocks, (b * G + g) * D + n counted from their first one, its first gathered
+        row, a multiple of 64, and their number.
+      heads: the key heads to compute; None for all.
       interpret: as in `tiles_sm90.attend`.
 
-    Returns: dk_BSGK, dv_BSGV.
+    Returns: dk_BSGK, dv_BSGV of the heads.
     """
     (B, S, G, K), V, dtype = k_BSGK.shape, v_BSGV.shape[-1], k_BSGK.dtype
+    heads = KeyHeads(0, 0, B, G, G) if heads is None else heads
+    first_2 = jnp.stack([jnp.asarray(start, jnp.int32) for start in (heads.batch, heads.head)])
     chosen = () if chosen is None else (span_Z2, *chosen)
+    shape = (heads.num_rows, S, heads.num_heads)
     kernel = plgpu.kernel(
         functools.partial(_kernel, scale=scale, block_size=block_size),
-        out_type=(jax.ShapeDtypeStruct(k_BSGK.shape, dtype), jax.ShapeDtypeStruct(v_BSGV.shape, dtype)),
+        out_type=(jax.ShapeDtypeStruct((*shape, K), dtype), jax.ShapeDtypeStruct((*shape, V), dtype)),
         # The last axis is the slowest. Early keys are read by most rows, so they start first.
-        grid=(B * G, -(-S // UNIT)),
+        grid=(heads.num_rows * heads.num_heads, -(-S // UNIT)),
         grid_names=("head", "unit"),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
@@ -65,16 +93,18 @@ def keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, chosen=None, span_Z2=N
         },
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel(k_BSGK, v_BSGV, *own, *chosen)
+    return kernel(first_2, k_BSGK, v_BSGV, *own, *chosen)
 
 
 class _Unit:
     """The keys of this block of the GPU, and which rows read them; scalars in registers."""
 
-    def __init__(self, k_BSGK, num_heads, block_size, span_Z2):
+    def __init__(self, first_2, k_BSGK, dk_BSGK, num_query_heads, block_size, span_Z2):
         S, G = k_BSGK.shape[1:3]
-        self.num_own_heads = num_heads // G
-        self.batch, self.key_head = (op(lax.axis_index("head"), jnp.int32(G)) for op in (lax.div, lax.rem))
+        self.num_own_heads = num_query_heads // G
+        num_heads = jnp.int32(dk_BSGK.shape[2])
+        self.result = [op(lax.axis_index("head"), num_heads) for op in (lax.div, lax.rem)]
+        self.batch, self.key_head = first_2[0] + self.result[0], first_2[1] + self.result[1]
         self.start = lax.axis_index("unit") * UNIT
         block = lax.div(self.start, jnp.int32(block_size))
         # Own rows before the unit's first key see none of its keys; from its last key on, they see all of them.
@@ -90,6 +120,10 @@ class _Unit:
     def keys_of(self, array, wg):
         return array.at[self.batch, pl.ds(self.start + wg * KEYS, KEYS), self.key_head]
 
+    def result_of(self, array, wg):
+        batch, head = self.result
+        return array.at[batch, pl.ds(self.start + wg * KEYS, KEYS), head]
+
     def chosen_rows_of(self, array, step):
         return array.at[pl.ds(self.chosen_start + step * ROWS, ROWS)]
 
@@ -99,11 +133,25 @@ class _Unit:
 
 
 def _kernel(
-    k_BSGK, v_BSGV, *refs, scale, block_size, k_WNK, v_WNV, q_RQK, dout_RQV, lse_RQ, delta_RQ, kv_full, full, empty
+    first_2,
+    k_BSGK,
+    v_BSGV,
+    *refs,
+    scale,
+    block_size,
+    k_WNK,
+    v_WNV,
+    q_RQK,
+    dout_RQV,
+    lse_RQ,
+    delta_RQ,
+    kv_full,
+    full,
+    empty,
 ):
     *rows, dk_BSGK, dv_BSGV = refs
     own, (span_Z2, *chosen) = rows[:4], rows[4:] or (None,)
-    unit = _Unit(k_BSGK, own[0].shape[2], block_size, span_Z2)
+    unit = _Unit(first_2, k_BSGK, dk_BSGK, own[0].shape[2], block_size, span_Z2)
     wg = lax.axis_index("wg")
     rings = (q_RQK, dout_RQV, lse_RQ, delta_RQ)
 
@@ -148,8 +196,8 @@ def _kernel(
         k_NK[...] = (dk_NK * scale).astype(k_BSGK.dtype)
         v_NV[...] = dv_NV.astype(v_BSGV.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_NK, unit.keys_of(dk_BSGK, wg))
-        plgpu.copy_smem_to_gmem(v_NV, unit.keys_of(dv_BSGV, wg))
+        plgpu.copy_smem_to_gmem(k_NK, unit.result_of(dk_BSGK, wg))
+        plgpu.copy_smem_to_gmem(v_NV, unit.result_of(dv_BSGV, wg))
         plgpu.wait_smem_to_gmem(0)
 
 

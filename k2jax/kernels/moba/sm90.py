@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
+from k2jax.kernels.attention.keys_gradient_sm90 import KeyHeads, keys_gradient
 from k2jax.kernels.attention.sm90 import own_rows, whole_groups
 from k2jax.kernels.attention.sm90 import refusal as attention_refusal
 from k2jax.kernels.attention.tiles_sm90 import TILE, attend, padded, rows_gradient
@@ -95,7 +95,7 @@ class Settings(NamedTuple):
         return {"num_sms": self.num_sms, "interpret": self.interpret}
 
 
-# --- all heads, a few at a time -----------------------------------------------------------------------------------
+# --- forward and backward -----------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -105,77 +105,98 @@ def _attention(settings, q_BTHK, k_BSGK, v_BSGV):
 
 
 def _forward(settings, q_BTHK, k_BSGK, v_BSGV):
-    heads = functools.partial(_forward_heads, settings)
-    out = _by_heads(settings, heads, (2, 2, 2), (2, 1, 1, 1), q_BTHK, k_BSGK, v_BSGV)
-    return out, (q_BTHK, k_BSGK, v_BSGV, *out[:2], out[3])
+    scale, C, T = settings.scale, settings.block_size, q_BTHK.shape[1]
+    winner_BHJT = _choose(settings, q_BTHK, k_BSGK)
+    out_BTHV, lse_BHT, max_BHT = attend(scale, C, q_BTHK, k_BSGK, v_BSGV, **settings.options)
+    max_BH = jnp.max(max_BHT[..., : settings.num_tokens], axis=-1)
+
+    def join_chosen(heads, winner_BHJT, out_BTHV, lse_BHT, max_BH):
+        groups = _groups(settings, winner_BHJT)
+        q_PK = _gather_queries(q_BTHK, groups.row_P, heads)
+        tables = (heads.first_block(settings.D) + groups.block_Y, groups.used_1)
+        out_PV, lse_P, max_P = attend(scale, C, q_PK, k_BSGK, v_BSGV, *tables, **settings.options)
+        out_BTHV, lse_BHT = _join(out_BTHV, lse_BHT, out_PV, lse_P, groups.place_BHJT)
+        max_BH = jnp.maximum(max_BH, _largest(settings, max_P, groups.row_P, winner_BHJT.shape))
+        return out_BTHV, lse_BHT, max_BH
+
+    if settings.J:
+        own = (out_BTHV, lse_BHT, max_BH)
+        out_BTHV, lse_BHT, max_BH = _by_heads(settings, join_chosen, q_BTHK, k_BSGK, winner_BHJT, own, (2, 1, 1))
+    lse_BHT = lse_BHT[..., :T]
+    return (out_BTHV, lse_BHT, max_BH, winner_BHJT), (q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, winner_BHJT)
 
 
 def _backward(settings, saved, cotangents):
-    heads = functools.partial(_backward_heads, settings)
-    return _by_heads(settings, heads, (2, 2, 2, 2, 1, 1, 2), (2, 2, 2), *saved, cotangents[0])
+    q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, winner_BHJT = saved
+    scale, C, T = settings.scale, settings.block_size, q_BTHK.shape[1]
+    own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
+    _, dout_BTHV, lse_BHT, delta_BHT = own
+    dq_BTHK = rows_gradient(scale, C, *own, k_BSGK, v_BSGV, **settings.options)
+    if not settings.J:
+        return dq_BTHK, *keys_gradient(scale, C, own, k_BSGK, v_BSGV, interpret=settings.interpret)
+
+    def add_chosen(heads, winner_BHJT, dq_BTHK, dk_BSGK, dv_BSGV):
+        del dk_BSGK, dv_BSGV  # All of these is computed here.
+        groups = _groups(settings, winner_BHJT)
+        row_P = jnp.where(groups.row_P < 0, 0, heads.first_query(q_BTHK) + groups.row_P)
+        chosen = (
+            _gather_queries(q_BTHK, groups.row_P, heads),
+            _gather_queries(dout_BTHV, groups.row_P, heads),
+            jnp.where(groups.row_P < 0, jnp.inf, lse_BHT.reshape(-1)[row_P]),  # probability 0 at empty places
+            delta_BHT.reshape(-1)[row_P],
+        )
+        tables = (heads.first_block(settings.D) + groups.block_Y, groups.used_1)
+        dq_PK = rows_gradient(scale, C, *chosen, k_BSGK, v_BSGV, *tables, **settings.options)
+        sum_BTHK = dq_BTHK.astype(jnp.float32)
+        for j in range(settings.J):
+            sum_BTHK += _gather(dq_PK, _per_query(groups.place_BHJT, j, T))
+        keys = keys_gradient(
+            scale, C, own, k_BSGK, v_BSGV, chosen, groups.span_Z2, heads=heads, interpret=settings.interpret
+        )
+        return sum_BTHK.astype(dq_BTHK.dtype), *keys
+
+    gradients = (dq_BTHK, jnp.zeros_like(k_BSGK), jnp.zeros_like(v_BSGV))
+    return _by_heads(settings, add_chosen, q_BTHK, k_BSGK, winner_BHJT, gradients, (2, 2, 2))
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _by_heads(settings, fn, axes, out_axes, *xs):
-    """fn(*xs) for as many batch rows and key heads at a time as have at most PAIRS pairs.
+def _by_heads(settings, fn, q_BTHK, k_BSGK, winner_BHJT, results, axes):
+    """results after fn(heads, winner, *results) on the parts of a few key heads at a time.
 
-    axes, out_axes: where every argument and result has its heads; rows are on axis 0.
+    axes: where every result has its heads; batch rows are on axis 0. As many heads are taken at a time as have at most
+    PAIRS pairs; where that is more than a batch row has, whole batch rows.
     """
-    B, G = xs[0].shape[0], xs[1].shape[2]
-    pairs = max(1, settings.J * xs[0].shape[1] * settings.R)
+    (B, T), G = q_BTHK.shape[:2], k_BSGK.shape[2]
+    most = max(1, PAIRS // (settings.J * T * settings.R))
+    num_heads = max(n for n in range(1, G + 1) if G % n == 0 and n <= most)
+    num_rows = max(n for n in range(1, B + 1) if B % n == 0 and n <= max(1, most // G))
+    steps = (B // num_rows) * (G // num_heads)
 
-    def divisor(n, most):
-        return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(1, most))
+    def step(i, results):
+        batch, head = i // (G // num_heads), i % (G // num_heads)
+        heads = KeyHeads(batch * num_rows, head * num_heads, num_rows, num_heads, G)
 
-    heads = divisor(G, PAIRS // pairs)
-    rows = divisor(B, PAIRS // pairs // G)
-    steps = (B // rows) * (G // heads)
-    if steps == 1:
-        return fn(*xs)
+        def start_and_size(x, axis):
+            share = x.shape[axis] // G
+            start, size = [0] * x.ndim, list(x.shape)
+            start[0], start[axis] = heads.batch, heads.head * share
+            size[0], size[axis] = num_rows, num_heads * share
+            return start, size
 
-    def part(x, axis, i):
-        """Start and size of step i's part."""
-        share = x.shape[axis] // G * heads
-        start = [0] * x.ndim
-        start[0], start[axis] = i // (G // heads) * rows, i % (G // heads) * share
-        return start, [rows if a == 0 else share if a == axis else n for a, n in enumerate(x.shape)]
-
-    def some(i):
-        return fn(*(jax.lax.dynamic_slice(x, *part(x, axis, i)) for x, axis in zip(xs, axes, strict=True)))
-
-    def add(i, outs):
-        new = some(i)
+        parts = [jax.lax.dynamic_slice(x, *start_and_size(x, a)) for x, a in zip(results, axes, strict=True)]
+        winner_part = jax.lax.dynamic_slice(winner_BHJT, *start_and_size(winner_BHJT, 1))
+        new = fn(heads, winner_part, *parts)
         return tuple(
-            jax.lax.dynamic_update_slice(x, y, part(x, axis, i)[0])
-            for x, y, axis in zip(outs, new, out_axes, strict=True)
+            jax.lax.dynamic_update_slice(x, y, start_and_size(x, a)[0])
+            for x, y, a in zip(results, new, axes, strict=True)
         )
 
-    def whole(x, axis):
-        return jnp.zeros(
-            [B if a == 0 else n * (G // heads) if a == axis else n for a, n in enumerate(x.shape)], x.dtype
-        )
-
-    outs = tuple(whole(x, axis) for x, axis in zip(jax.eval_shape(some, 0), out_axes, strict=True))
-    return jax.lax.fori_loop(0, steps, add, outs)
+    return step(0, results) if steps == 1 else jax.lax.fori_loop(0, steps, step, results)
 
 
-# --- the heads of one step ----------------------------------------------------------------------------------------
-
-
-def _forward_heads(settings, q_BTHK, k_BSGK, v_BSGV):
-    scale, C, T = settings.scale, settings.block_size, q_BTHK.shape[1]
-    winner_BHJT = _choose(settings, q_BTHK, k_BSGK)
-    out_BTHV, lse_BHT, max_BHT = attend(scale, C, q_BTHK, k_BSGK, v_BSGV, **settings.options)
-    max_BH = jnp.max(max_BHT[..., : settings.num_tokens], axis=-1)
-    if settings.J:
-        groups = _groups(settings, winner_BHJT)
-        q_PK = _gather_queries(q_BTHK, groups.row_P)
-        far = attend(scale, C, q_PK, k_BSGK, v_BSGV, groups.block_Y, groups.used_1, **settings.options)
-        out_BTHV, lse_BHT = _join(out_BTHV, lse_BHT, *far[:2], groups.place_BHJT)
-        max_BH = jnp.maximum(max_BH, _largest(settings, far[2], groups.row_P, winner_BHJT.shape))
-    return out_BTHV, lse_BHT[..., :T], max_BH, winner_BHJT
+# --- the parts ----------------------------------------------------------------------------------------------------
 
 
 def _choose(settings, q_BTHK, k_BSGK):
@@ -226,35 +247,10 @@ def _largest(settings, max_P, row_P, winner_shape):
     return jnp.max(jnp.where(is_key_head_XY[:, None], max_RY, -jnp.inf), axis=-1).reshape(B, H)
 
 
-def _backward_heads(settings, q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, winner_BHJT, dout_BTHV):
-    scale, C, T = settings.scale, settings.block_size, q_BTHK.shape[1]
-    own = own_rows(q_BTHK, out_BTHV, lse_BHT, dout_BTHV)
-    _, dout_BTHV, lse_BHT, delta_BHT = own
-    dq_BTHK = rows_gradient(scale, C, *own, k_BSGK, v_BSGV, **settings.options)
-    chosen = span_Z2 = None
-    if settings.J:
-        groups = _groups(settings, winner_BHJT)
-        span_Z2 = groups.span_Z2
-        chosen = (
-            _gather_queries(q_BTHK, groups.row_P),
-            _gather_queries(dout_BTHV, groups.row_P),
-            jnp.where(groups.row_P < 0, jnp.inf, lse_BHT.reshape(-1)[groups.row_P]),  # probability 0 at empty places
-            delta_BHT.reshape(-1)[groups.row_P],
-        )
-        tables = (groups.block_Y, groups.used_1)
-        dq_PK = rows_gradient(scale, C, *chosen, k_BSGK, v_BSGV, *tables, **settings.options)
-        dq_BTHK = dq_BTHK.astype(jnp.float32)
-        for j in range(settings.J):
-            dq_BTHK += _gather(dq_PK, _per_query(groups.place_BHJT, j, T))
-        dq_BTHK = dq_BTHK.astype(q_BTHK.dtype)
-    dk_BSGK, dv_BSGV = keys_gradient(scale, C, own, k_BSGK, v_BSGV, chosen, span_Z2, interpret=settings.interpret)
-    return dq_BTHK, dk_BSGK, dv_BSGV
-
-
-def _gather_queries(x_BTHE, row_P):
-    """Rows of x as `Groups.row_P` numbers them: [P, E]."""
+def _gather_queries(x_BTHE, row_P, heads):
+    """Rows of x as `Groups.row_P` numbers the queries of these heads: [P, E]."""
     B, T, H, E = x_BTHE.shape
-    head_P, t_P = jnp.divmod(row_P, padded(T))
+    head_P, t_P = jnp.divmod(heads.first_query(x_BTHE) + row_P, padded(T))
     # B rows of T * H queries: head_P counts batch and head.
     index_P = (head_P // H * T + t_P) * H + head_P % H
     return _gather(x_BTHE.reshape(B * T * H, E), jnp.where(row_P < 0, -1, index_P))
