@@ -28,8 +28,8 @@ from k2jax.kernels.moba.blocks import Attended, Residuals
 from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN, choose_blocks_sm90
 from k2jax.kernels.moba.grouping import group, num_tiles
 
-# Pairs whose gathered queries and partial results are in memory at once: 4 GiB at 2 * 256 bytes each, 6 backward.
-PAIRS = 2**23
+# Pairs whose gathered queries and partial results are in memory at once: 8 GiB at 2 * 256 bytes each, 12 backward.
+PAIRS = 2**24
 
 
 def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale, segmented, q_offset) -> str | None:
