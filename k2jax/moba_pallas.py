@@ -134,7 +134,7 @@ def _choose(q, k, v, *, block_size, top_k, scale, segment_ids, q_offset):
     """The implementation None stands for, and the reason."""
     T = q.shape[1]
     if isinstance(q_offset, int) and q_offset + T <= block_size * top_k:
-        not_sm90 = cannot_run_sm90(q, k, v, scale, segment_ids, q_offset)
+        not_sm90 = cannot_run_sm90(q, k, v, scale, q_offset)
         full, _ = choose_full_attention(q.shape, k.shape, v.shape, not_sm90)
         same = f"{q_offset + T} tokens fit in top_k * block_size = {block_size * top_k}: the same function"
         return f"full-{full}", same
@@ -153,7 +153,7 @@ def _choose(q, k, v, *, block_size, top_k, scale, segment_ids, q_offset):
 
 
 def _cannot_run_sm90(q, k, v, *, block_size, top_k, scale, segment_ids, q_offset):
-    reason = cannot_run_sm90(q, k, v, scale, segment_ids, q_offset)
+    reason = cannot_run_sm90(q, k, v, scale, q_offset)
     return reason or sm90.refusal(
         q.shape, k.shape, v.shape, q.dtype, block_size=block_size, top_k=top_k, scale=scale,
         segmented=segment_ids is not None, q_offset=q_offset,

@@ -58,7 +58,7 @@ def attention(
     follows Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (arXiv 2112.05682).
     """
     check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset)
-    reason = cannot_run_sm90(q_BTHK, k_BSGK, v_BSGV, scale, segment_ids, q_offset)
+    reason = cannot_run_sm90(q_BTHK, k_BSGK, v_BSGV, scale, q_offset)
     if implementation is None:
         implementation, why = choose(q_BTHK.shape, k_BSGK.shape, v_BSGV.shape, reason)
         _log_choice(implementation, why, q_BTHK.shape, k_BSGK.shape)
@@ -87,14 +87,14 @@ def choose(q_shape, k_shape, v_shape, not_sm90: str | None) -> tuple[str, str]:
     )
 
 
-def cannot_run_sm90(q_BTHK, k_BSGK, v_BSGV, scale, segment_ids, q_offset) -> str | None:
+def cannot_run_sm90(q_BTHK, k_BSGK, v_BSGV, scale, q_offset) -> str | None:
     """Why the Hopper kernels cannot compute this call of full attention here, or None."""
     if reason := not_hopper():
         return reason
     if "T" in mesh_axes({"q_BTHK": q_BTHK}):
         return "queries that are cut over a mesh are not built"
     shapes = (q_BTHK.shape, k_BSGK.shape, v_BSGV.shape)
-    return sm90.refusal(*shapes, q_BTHK.dtype, scale=scale, segmented=segment_ids is not None, q_offset=q_offset)
+    return sm90.refusal(*shapes, q_BTHK.dtype, scale=scale, q_offset=q_offset)
 
 
 def check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset):

@@ -11,6 +11,7 @@ of a block, D blocks, Z = B * G * D, N keys of a warpgroup, W warpgroups, Q rows
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -50,17 +51,21 @@ class KeyHeads(NamedTuple):
         return (self.batch * H + self.head * (H // self.all_heads)) * padded(q_BTHK.shape[1])
 
 
-def keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, chosen=None, span_Z2=None, *, heads=None, interpret=None):
+def keys_gradient(
+    scale, block_size, own, k_BSGK, v_BSGV, chosen=None, span_Z2=None, *, starts=None, heads=None, interpret=None
+):  # fmt: skip
     """dk and dv, summed over all rows that read a key.
 
     Args:
       scale, block_size: as in `tiles_sm90.attend`.
-      own: (q_BTHK, dout_BTHV, lse, delta), as for `tiles_sm90.rows_gradient`: every row reads its own block.
+      own: (q_BTHK, dout_BTHV, lse, delta), as for `tiles_sm90.rows_gradient`: every row reads its own block. None for
+        no such rows.
       k_BSGK, v_BSGV: bfloat16 or float16.
       chosen: the same of rows that chose a block, gathered: (q_PK, dout_PV, lse_P, delta_P). lse is +inf for a row that
         is none, and a block's rows are followed by such rows up to a multiple of 64.
       span_Z2: int32, of each of the heads' blocks, (b * G + g) * D + n counted from their first one, its first gathered
         row, a multiple of 64, and their number.
+      starts: of own rows, as in `tiles_sm90.attend`.
       heads: the key heads to compute; None for all.
       interpret: as in `tiles_sm90.attend`.
 
@@ -69,10 +74,15 @@ def keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, chosen=None, span_Z2=N
     (B, S, G, K), V, dtype = k_BSGK.shape, v_BSGV.shape[-1], k_BSGK.dtype
     heads = KeyHeads(0, 0, B, G, G) if heads is None else heads
     first_2 = jnp.stack([jnp.asarray(start, jnp.int32) for start in (heads.batch, heads.head)])
-    chosen = () if chosen is None else (span_Z2, *chosen)
+    arrays = {
+        "own": own,
+        "starts": starts if starts is None else (starts.start_BT, _reach(starts.start_BT, S)),
+        "chosen": chosen if chosen is None else (*chosen, span_Z2),
+    }
+    arrays = {name: tuple(given) for name, given in arrays.items() if given is not None}
     shape = (heads.num_rows, S, heads.num_heads)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, scale=scale, block_size=block_size),
+        functools.partial(_kernel, names=tuple(arrays), scale=scale, block_size=block_size),
         out_type=(jax.ShapeDtypeStruct((*shape, K), dtype), jax.ShapeDtypeStruct((*shape, V), dtype)),
         # The last axis is the slowest. Early keys are read by most rows, so they start first.
         grid=(heads.num_rows * heads.num_heads, -(-S // UNIT)),
@@ -87,33 +97,46 @@ def keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, chosen=None, span_Z2=N
             "dout_RQV": plgpu.SMEM((SLOTS, ROWS, V), dtype, transforms=TRANSFORMS),
             "lse_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
             "delta_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
+            "start_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.int32),
             "kv_full": plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
-            "full": plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
+            "full": plgpu.Barrier(num_arrivals=4 if starts is None else 5, num_barriers=SLOTS),
             "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel(first_2, k_BSGK, v_BSGV, *own, *chosen)
+    return kernel(first_2, k_BSGK, v_BSGV, *itertools.chain(*arrays.values()))
+
+
+def _reach(start_BT, num_keys):
+    """int32 [B, units, 2]: the first row that does not see a unit's first key any more, and its last key."""
+    key_U = jnp.arange(0, num_keys, UNIT, dtype=jnp.int32)
+    behind = jax.vmap(lambda start_T, key: jnp.searchsorted(start_T, key, side="right"), (0, None))
+    return jnp.stack([behind(start_BT, key_U), behind(start_BT, key_U + (UNIT - 1))], axis=-1).astype(jnp.int32)
 
 
 class _Unit:
     """The keys of this block of the GPU, and which rows read them; scalars in registers."""
 
-    def __init__(self, first_2, k_BSGK, dk_BSGK, num_query_heads, block_size, span_Z2):
+    def __init__(self, first_2, k_BSGK, dk_BSGK, block_size, own=None, starts=None, chosen=None):
         S, G = k_BSGK.shape[1:3]
-        self.num_own_heads = num_query_heads // G
         num_heads = jnp.int32(dk_BSGK.shape[2])
         self.result = [op(lax.axis_index("head"), num_heads) for op in (lax.div, lax.rem)]
         self.batch, self.key_head = first_2[0] + self.result[0], first_2[1] + self.result[1]
         self.start = lax.axis_index("unit") * UNIT
         block = lax.div(self.start, jnp.int32(block_size))
+        self.num_own_heads = 0 if own is None else own[0].shape[2] // G
         # Own rows before the unit's first key see none of its keys; from its last key on, they see all of them.
-        end = jnp.minimum((block + 1) * block_size, S)
+        end = clear_end = jnp.minimum((block + 1) * block_size, S)
+        if starts is not None:
+            clear_end, end = (starts[1][self.batch, lax.axis_index("unit"), i] for i in range(2))
         self.own_steps = lax.div(end - self.start + (ROWS - 1), jnp.int32(ROWS))
-        self.masked_steps = jnp.minimum(UNIT // ROWS, self.own_steps)
+        self.clear_from = jnp.minimum(UNIT // ROWS, self.own_steps)
+        self.clear_to = self.own_steps
+        if starts is not None:
+            self.clear_to = jnp.maximum(lax.div(clear_end - self.start, jnp.int32(ROWS)), self.clear_from)
         self.chosen_start, self.chosen_steps = jnp.int32(0), jnp.int32(0)
-        if span_Z2 is not None:
-            span = lax.axis_index("head") * -(-S // block_size) + block
+        if chosen is not None:
+            span, span_Z2 = lax.axis_index("head") * -(-S // block_size) + block, chosen[-1]
             self.chosen_start = span_Z2[span, 0]
             self.chosen_steps = lax.div(span_Z2[span, 1] + (ROWS - 1), jnp.int32(ROWS))
 
@@ -129,31 +152,23 @@ class _Unit:
 
     def own_rows_of(self, array, step, r):
         rows, head = pl.ds(self.start + step * ROWS, ROWS), self.key_head * self.num_own_heads + r
-        return array.at[self.batch, rows, head] if len(array.shape) == 4 else array.at[self.batch, head, rows]
+        places = {4: (self.batch, rows, head), 3: (self.batch, head, rows), 2: (self.batch, rows)}
+        return array.at[places[len(array.shape)]]
 
 
 def _kernel(
-    first_2,
-    k_BSGK,
-    v_BSGV,
-    *refs,
-    scale,
-    block_size,
-    k_WNK,
-    v_WNV,
-    q_RQK,
-    dout_RQV,
-    lse_RQ,
-    delta_RQ,
-    kv_full,
-    full,
-    empty,
-):
-    *rows, dk_BSGK, dv_BSGV = refs
-    own, (span_Z2, *chosen) = rows[:4], rows[4:] or (None,)
-    unit = _Unit(first_2, k_BSGK, dk_BSGK, own[0].shape[2], block_size, span_Z2)
+    first_2, k_BSGK, v_BSGV, *refs, names, scale, block_size, k_WNK, v_WNV, q_RQK, dout_RQV, lse_RQ, delta_RQ, start_RQ,
+    kv_full, full, empty,
+):  # fmt: skip
+    *refs, dk_BSGK, dv_BSGV = refs
+    given = {}
+    for name in names:
+        size = {"own": 4, "starts": 2, "chosen": 5}[name]
+        given[name], refs = refs[:size], refs[size:]
+    unit = _Unit(first_2, k_BSGK, dk_BSGK, block_size, **given)
     wg = lax.axis_index("wg")
-    rings = (q_RQK, dout_RQV, lse_RQ, delta_RQ)
+    rings = (q_RQK, dout_RQV, lse_RQ, delta_RQ, start_RQ)
+    has_starts = "starts" in names
 
     @pl.when(wg == PRODUCER)
     def _produce():
@@ -161,7 +176,8 @@ def _kernel(
         for i in range(CONSUMERS):
             plgpu.copy_gmem_to_smem(unit.keys_of(k_BSGK, i), k_WNK.at[i], kv_full.at[i])
             plgpu.copy_gmem_to_smem(unit.keys_of(v_BSGV, i), v_WNV.at[i], kv_full.at[i])
-        _stream(unit, own, chosen, rings, full, empty)
+        own = [*given.get("own", ()), *given.get("starts", ())[:1]]
+        _stream(unit, own, given.get("chosen", ())[:4], rings, full, empty)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -170,24 +186,21 @@ def _kernel(
         k_NK, v_NV = k_WNK.at[wg], v_WNV.at[wg]
 
         def all_steps(dk_NK, dv_NV):
-            add = functools.partial(
-                _add_rows,
-                scale=scale,
-                wg=wg,
-                keys=(k_NK, v_NV),
-                sums=(dk_NK, dv_NV),
-                rings=rings,
-                full=full,
-                empty=empty,
-            )
-            if chosen:
-                pl.loop(0, unit.chosen_steps)(functools.partial(add, so_far=jnp.int32(0), masked=False))
+            keys, sums = (k_NK, v_NV), (dk_NK, dv_NV)
+            add = functools.partial(_add_rows, scale=scale, keys=keys, sums=sums, rings=rings, full=full, empty=empty)
+            if "chosen" in names:
+                pl.loop(0, unit.chosen_steps)(functools.partial(add, so_far=jnp.int32(0)))
+            if "own" not in names:
+                return dk_NK[...], dv_NV[...]
 
             @pl.loop(0, unit.num_own_heads)
             def _own_head(r):
-                so_far = unit.chosen_steps + r * unit.own_steps
-                pl.loop(0, unit.masked_steps)(functools.partial(add, so_far=so_far, masked=True))
-                pl.loop(unit.masked_steps, unit.own_steps)(functools.partial(add, so_far=so_far, masked=False))
+                own = functools.partial(add, so_far=unit.chosen_steps + r * unit.own_steps)
+                seen_by = functools.partial(_seen_by, unit, wg, start_RQ if has_starts else None)
+                pl.loop(0, unit.clear_from)(functools.partial(own, seen_by=seen_by))
+                pl.loop(unit.clear_from, unit.clear_to)(own)
+                if has_starts:
+                    pl.loop(unit.clear_to, unit.own_steps)(functools.partial(own, seen_by=seen_by))
 
             return dk_NK[...], dv_NV[...]
 
@@ -201,6 +214,17 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
+def _seen_by(unit, wg, start_RQ, shape, step, slot):
+    """Whether each key of a warpgroup is seen by each own row of a step."""
+    key_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + wg * KEYS
+    row_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + step * ROWS
+    seen_NQ = row_NQ >= key_NQ  # both from the unit's first key on
+    if start_RQ is None:
+        return seen_NQ
+    start_Q = plgpu.load(start_RQ.at[slot], layout=COLUMN) - unit.start
+    return seen_NQ & (key_NQ >= lax.broadcast_in_dim(start_Q, shape, [1]))
+
+
 def _stream(unit, own, chosen, rings, full, empty):
     """Copies 64 rows at a time: those that chose the unit's block, then its own of each query head."""
 
@@ -209,11 +233,14 @@ def _stream(unit, own, chosen, rings, full, empty):
         def _step(i):
             wait_free(so_far + i, empty, SLOTS)
             slot = slot_of(so_far + i, SLOTS)
-            for array, ring in zip(arrays, rings, strict=True):
+            for array, ring in zip(arrays, rings, strict=False):  # starts may be missing
                 plgpu.copy_gmem_to_smem(rows_of(array, i), ring.at[slot], full.at[slot])
 
     if chosen:
         stream(chosen, unit.chosen_rows_of, unit.chosen_steps, jnp.int32(0))
+
+    if not own:
+        return
 
     @pl.loop(0, unit.num_own_heads)
     def _own_head(r):
@@ -221,9 +248,9 @@ def _stream(unit, own, chosen, rings, full, empty):
         stream(own, rows_of, unit.own_steps, unit.chosen_steps + r * unit.own_steps)
 
 
-def _add_rows(i, so_far, masked, *, scale, wg, keys, sums, rings, full, empty):
-    """Adds what 64 rows send back. masked: they begin i * 64 behind the unit's first key."""
-    (k_NK, v_NV), (dk_NK, dv_NV), (q_RQK, dout_RQV, lse_RQ, delta_RQ) = keys, sums, rings
+def _add_rows(i, so_far, seen_by=None, *, scale, keys, sums, rings, full, empty):
+    """Adds what 64 rows send back. seen_by: (shape, step, slot) -> which keys they see; None where they see all."""
+    (k_NK, v_NV), (dk_NK, dv_NV), (q_RQK, dout_RQV, lse_RQ, delta_RQ, _) = keys, sums, rings
     dtype = q_RQK.dtype
     slot = slot_of(so_far + i, SLOTS)
     plgpu.barrier_wait(full.at[slot])
@@ -236,10 +263,8 @@ def _add_rows(i, so_far, masked, *, scale, wg, keys, sums, rings, full, empty):
     lse_Q = plgpu.load(lse_RQ.at[slot], layout=COLUMN) * LOG2E
     delta_Q = plgpu.load(delta_RQ.at[slot], layout=COLUMN)
     p_NQ = jnp.exp2(s_NQ * (scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
-    if masked:
-        key_NQ = plgpu.broadcasted_iota(jnp.int32, s_NQ.shape, 0, layout=plgpu.Layout.WGMMA)
-        row_NQ = plgpu.broadcasted_iota(jnp.int32, s_NQ.shape, 1, layout=plgpu.Layout.WGMMA)
-        p_NQ = jnp.where(row_NQ + i * ROWS >= key_NQ + wg * KEYS, p_NQ, 0.0)
+    if seen_by is not None:
+        p_NQ = jnp.where(seen_by(s_NQ.shape, i, slot), p_NQ, 0.0)
 
     def chances(dp_NQ):
         plgpu.wgmma(dp_NQ, v_NV, dout_RQV.at[slot].transpose((1, 0)))

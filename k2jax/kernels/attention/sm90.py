@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.reference import Attended
-from k2jax.kernels.attention.tiles_sm90 import DTYPES, HEAD_SIZES, TILE, attend, padded, rows_gradient
+from k2jax.kernels.attention.tiles_sm90 import DTYPES, HEAD_SIZES, TILE, attend, padded, rows_gradient, starts_of
 
 
-def refusal(q_shape, k_shape, v_shape, dtype, *, scale, segmented, q_offset) -> str | None:
+def refusal(q_shape, k_shape, v_shape, dtype, *, scale, q_offset) -> str | None:
     """Why these kernels cannot compute this call, or None."""
     T, S, sizes = q_shape[1], k_shape[1], (q_shape[3], v_shape[3])
     if jnp.dtype(dtype).name not in DTYPES:
@@ -23,8 +23,6 @@ def refusal(q_shape, k_shape, v_shape, dtype, *, scale, segmented, q_offset) -> 
         return f"heads of sizes {sizes}: built are {HEAD_SIZES}"
     if S < TILE:
         return f"{S} keys are fewer than a tile of {TILE}"
-    if segmented:
-        return "segment_ids are not built"
     if T != S or not isinstance(q_offset, int) or q_offset != 0:
         return f"{T} queries at q_offset={q_offset} of {S} keys: only whole sequences are built"
     if scale <= 0:
@@ -40,12 +38,14 @@ def attention(q_BTHK, k_BSGK, v_BSGV, *, scale, segment_ids=None, q_offset=0, nu
     Raises ValueError where the kernels cannot do it (`refusal`).
     """
     shapes = (q_BTHK.shape, k_BSGK.shape, v_BSGV.shape)
-    reason = refusal(*shapes, q_BTHK.dtype, scale=scale, segmented=segment_ids is not None, q_offset=q_offset)
+    reason = refusal(*shapes, q_BTHK.dtype, scale=scale, q_offset=q_offset)
     if reason:
         raise ValueError(reason)
     T = q_BTHK.shape[1]
     q_BTHK, k_BSGK, v_BSGV = (whole_groups(x) for x in (q_BTHK, k_BSGK, v_BSGV))
-    out_BTHV, lse_BHT, max_BH = _attention((float(scale), T, num_sms, interpret), q_BTHK, k_BSGK, v_BSGV)
+    starts = None if segment_ids is None else starts_of(whole_starts(segment_starts(segment_ids), q_BTHK.shape[1]))
+    settings = (float(scale), T, num_sms, interpret)
+    out_BTHV, lse_BHT, max_BH = _attention(settings, q_BTHK, k_BSGK, v_BSGV, starts)
     return Attended(out_BTHV[:, :T], lse_BHT[..., :T], max_BH)
 
 
@@ -54,27 +54,43 @@ def whole_groups(x_BTHE):
     return jnp.pad(x_BTHE, ((0, 0), (0, -x_BTHE.shape[1] % 8), (0, 0), (0, 0)))
 
 
+def segment_starts(segment_ids):
+    """The first position of each token's segment, int32 [B, T]."""
+    position_T = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    is_first_BT = segment_ids[:, 1:] != segment_ids[:, :-1]
+    is_first_BT = jnp.pad(is_first_BT, ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(is_first_BT, position_T, 0), axis=1)
+
+
+def whole_starts(start_BT, length):
+    """start_BT up to `length`: what is behind the last token sees itself."""
+    (B, T), behind_T = start_BT.shape, jnp.arange(start_BT.shape[1], length, dtype=jnp.int32)
+    return jnp.concatenate([start_BT, jnp.broadcast_to(behind_T, (B, length - T))], axis=1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(settings, q_BTHK, k_BSGK, v_BSGV):
+def _attention(settings, q_BTHK, k_BSGK, v_BSGV, starts):
     """out_BTHV; lse_BHT and each head's largest logit max_BH, in float32 without a gradient."""
-    return _forward(settings, q_BTHK, k_BSGK, v_BSGV)[0]
+    return _forward(settings, q_BTHK, k_BSGK, v_BSGV, starts)[0]
 
 
-def _forward(settings, q_BTHK, k_BSGK, v_BSGV):
+def _forward(settings, q_BTHK, k_BSGK, v_BSGV, starts):
     scale, num_tokens, num_sms, interpret = settings
     T = q_BTHK.shape[1]
-    out_BTHV, lse_BHT, max_BHT = attend(scale, padded(T), q_BTHK, k_BSGK, v_BSGV, num_sms=num_sms, interpret=interpret)
+    options = {"starts": starts, "num_sms": num_sms, "interpret": interpret}
+    out_BTHV, lse_BHT, max_BHT = attend(scale, padded(T), q_BTHK, k_BSGK, v_BSGV, **options)
     lse_BHT = lse_BHT[..., :T]
-    return (out_BTHV, lse_BHT, jnp.max(max_BHT[..., :num_tokens], axis=-1)), (q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT)
+    saved = (q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, starts)
+    return (out_BTHV, lse_BHT, jnp.max(max_BHT[..., :num_tokens], axis=-1)), saved
 
 
 def _backward(settings, saved, cotangents):
     scale, _, num_sms, interpret = settings
-    q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT = saved
+    q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, starts = saved
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
-    block_size = padded(q_BTHK.shape[1])
-    dq_BTHK = rows_gradient(scale, block_size, *own, k_BSGK, v_BSGV, num_sms=num_sms, interpret=interpret)
-    return dq_BTHK, *keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, interpret=interpret)
+    block_size, options = padded(q_BTHK.shape[1]), {"starts": starts, "interpret": interpret}
+    dq_BTHK = rows_gradient(scale, block_size, *own, k_BSGK, v_BSGV, num_sms=num_sms, **options)
+    return dq_BTHK, *keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, **options), None
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,7 +1,8 @@
 """Attention of tiles of rows to one block of keys each, for Hopper, in Pallas Mosaic GPU; and the rows' gradient.
 
 A tile is 128 rows of one query head that read the same block of keys: the block's own rows, which see it causally, or
-rows that chose it, gathered by the caller. Full attention is one block. A persistent grid: each block of the GPU walks
+rows that chose it, gathered by the caller. Full attention is one block; where documents are packed, or blocks begin
+anywhere, every row of it has a first key (`Starts`). A persistent grid: each block of the GPU walks
 over every num_sms-th tile with three warpgroups. One only starts copies, of rows through one ring in shared memory and
 of keys and values through another, ahead of the others and across the ends of tiles. Each of the other two computes 64
 rows in registers (the online softmax of FlashAttention-2, arXiv 2307.08691, algorithm 1 and, for the gradient, section
@@ -15,6 +16,8 @@ value size, C keys of a block, D blocks, Q rows of a warpgroup, W warpgroups, N 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +35,29 @@ SLOTS = 2  # of the ring of keys and values
 # Of a block's shared memory, 227 KiB, a little is for barriers and vectors.
 SHARED_MEMORY = 230_400
 LOG2E = math.log2(math.e)
+LOWEST = -1e30  # Below every logit, and finite when it is scaled.
 ROW = plgpu.Layout.WGMMA.reduce(1)
 # Of queries and keys, and of values, what the kernels are built for.
 HEAD_SIZES = ((64, 64), (128, 128), (192, 128))
 DTYPES = ("bfloat16", "float16")
+
+
+class Starts(NamedTuple):
+    """The first key that each query sees, where that is not its block's first one."""
+
+    start_BT: jax.Array  # int32, T rounded up to a tile
+    # Of each tile: the key to begin with, a multiple of 128, and the one from which on all of its rows have begun.
+    span_BY2: jax.Array
+
+
+def starts_of(start_BT) -> Starts:
+    """Starts from the first key of each query, int32 [B, T], rising along T."""
+    B, T = start_BT.shape
+    behind_BT = jnp.broadcast_to(jnp.arange(T, padded(T), dtype=jnp.int32), (B, padded(T) - T))
+    start_BT = jnp.concatenate([start_BT, behind_BT], axis=1)  # What is behind the last query sees itself.
+    tile_BYL = start_BT.reshape(B, -1, TILE)
+    first_BY, last_BY = tile_BYL[..., 0] // TILE * TILE, -(-tile_BYL[..., -1] // TILE) * TILE
+    return Starts(start_BT, jnp.stack([first_BY, last_BY], axis=-1))
 
 
 def padded(length: int) -> int:
@@ -43,7 +65,10 @@ def padded(length: int) -> int:
     return -(-length // TILE) * TILE
 
 
-def attend(scale, block_size, q, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, num_sms=None, interpret=None):
+def attend(
+    scale, block_size, q, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, starts=None, num_keys=None, num_sms=None,
+    interpret=None,
+):  # fmt: skip
     """Softmax attention of every row to its tile's block, as far as the block alone goes.
 
     Args:
@@ -53,6 +78,8 @@ def attend(scale, block_size, q, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, n
       k_BSGK, v_BSGV: in the same type; query head h reads key head h // (H // G).
       block_Y, used_1: for q_PK, the block (b * G + g) * D + n of each tile, and how many tiles to compute. The results
         of the others are undefined.
+      starts: for q_BTHK, the first key of every query; `block_size` is then that of one block for all keys.
+      num_keys: for q_PK, how many of a block's keys there are, from the first one on; None for all.
       num_sms: blocks that run at a time; None asks the default device.
       interpret: `plgpu.InterpretGPUParams()` runs it on a CPU, slowly.
 
@@ -63,7 +90,7 @@ def attend(scale, block_size, q, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, n
     K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
     step, slots = _fit(((128, 2), (64, 2), (64, 1)), TILE * K, SLOTS * (K + V), TILE * V)
     row = jax.ShapeDtypeStruct(_vector_shape(q), jnp.float32)
-    work = _Work(q, k_BSGK, block_size, step)
+    work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys)
     kernel = _persistent(
         functools.partial(_attend_kernel, work=work, scale=scale),
         out_type=(jax.ShapeDtypeStruct((*q.shape[:-1], V), dtype), row, row),
@@ -85,12 +112,13 @@ def attend(scale, block_size, q, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, n
             "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
         },
     )
-    return kernel(*_tables(block_Y, used_1), q, k_BSGK, v_BSGV)
+    return kernel(*_tables(block_Y, used_1, starts), q, k_BSGK, v_BSGV)
 
 
 def rows_gradient(
-    scale, block_size, q, dout, lse, delta, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, num_sms=None, interpret=None
-):
+    scale, block_size, q, dout, lse, delta, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, starts=None, num_keys=None,
+    num_sms=None, interpret=None,
+):  # fmt: skip
     """The part of dq that comes from each row's tile's block.
 
     Args: as `attend`; dout like its out; lse of the whole row, +inf for a row that is none, and delta, the sum of
@@ -100,7 +128,7 @@ def rows_gradient(
     """
     K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
     step, slots = _fit(((64, 2), (64, 1)), TILE * (K + V), SLOTS * (K + V), TILE * K)
-    work = _Work(q, k_BSGK, block_size, step)
+    work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys)
     kernel = _persistent(
         functools.partial(_rows_gradient_kernel, work=work, scale=scale),
         out_type=jax.ShapeDtypeStruct(q.shape, dtype),
@@ -118,7 +146,7 @@ def rows_gradient(
             "k_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
         },
     )
-    return kernel(*_tables(block_Y, used_1), q, dout, lse, delta, k_BSGK, v_BSGV)
+    return kernel(*_tables(block_Y, used_1, starts), q, dout, lse, delta, k_BSGK, v_BSGV)
 
 
 # --- what both kernels share --------------------------------------------------------------------------------------
@@ -134,8 +162,10 @@ def _vector_shape(q):
     return (q.shape[0], q.shape[2], padded(q.shape[1])) if q.ndim == 4 else q.shape[:1]
 
 
-def _tables(block_Y, used_1):
-    # Where rows read their own block, nothing needs a table, and neither is read.
+def _tables(block_Y, used_1, starts):
+    """Two tables for `_Work.walk`; where rows read their own block from its start, neither is read."""
+    if starts is not None:
+        return starts
     return (jnp.zeros(1, jnp.int32),) * 2 if block_Y is None else (block_Y, used_1)
 
 
@@ -160,66 +190,119 @@ def _persistent(body, *, out_type, num_sms, interpret, scratch):
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """One tile: how to find its rows and keys, and the steps over its keys. Static or scalars in registers."""
+    """One tile: how to find its rows and keys, and what it sees. Static, or scalars in registers."""
 
-    rows_of: object  # (array of rows or vectors, first row, number of rows) -> part of the array
-    keys_of: object  # (array of keys, first key of the block, number of keys) -> part of the array
-    row: object  # the first row's position in its block; None where all of them see the whole block
-    steps: object
+    rows_of: Callable  # (array of rows or vectors, first row, number of rows) -> part of the array
+    keys_of: Callable  # (array of keys, first key, number of keys) -> part of the array
+    steps: object  # over its keys
+    clear_from: object  # the first step in which no row has still to begin; None where all begin with the first
+    clear_to: Callable  # (first row of a warpgroup) -> the first step with keys that some of its rows do not see
+    sees: Callable | None  # (shape, first row, step) -> whether each row sees each key; None if all see all
 
 
 class _Work:
     """Which tiles there are, and in which order."""
 
-    def __init__(self, q, k_BSGK, block_size, step):
-        self.num_batch, self.num_keys, self.num_key_heads = k_BSGK.shape[:3]
+    def __init__(self, q, k_BSGK, block_size, step, has_starts, num_keys):
+        self.num_batch, self.length, self.num_key_heads = k_BSGK.shape[:3]
         self.num_heads = q.shape[2] if q.ndim == 4 else None  # None: rows that chose their block
-        self.block_size, self.step = block_size, step
+        self.block_size, self.step, self.has_starts = block_size, step, has_starts
+        self.num_keys = block_size if num_keys is None else num_keys
 
-    def walk(self, block_Y, used_1, body):
+    def walk(self, table, table_2, body):
         """body(number here, tile, steps so far) for each tile of ours. All warpgroups count the same."""
         first, stride = lax.axis_index("sm"), lax.axis_size("sm")
-        per_head = padded(self.num_keys) // TILE
-        total = used_1[0] if self.num_heads is None else self.num_batch * self.num_heads * per_head
+        per_head = padded(self.length) // TILE
+        total = table_2[0] if self.num_heads is None else self.num_batch * self.num_heads * per_head
 
         def one(here, so_far):
             number = first + here * stride
-            tile = self._chosen(block_Y, number) if self.num_heads is None else self._own(number, per_head)
+            if self.num_heads is None:
+                tile = self._chosen(table, number)
+            else:
+                tile = self._own(number, per_head, *((table, table_2) if self.has_starts else (None, None)))
             body(here, tile, so_far)
             return so_far + tile.steps
 
         lax.fori_loop(0, lax.div(total - first + (stride - 1), jnp.int32(stride)), one, jnp.int32(0))
 
-    def _own(self, number, per_head):
+    def _own(self, number, per_head, start_BT, span_BY2):
         head, batch = _divide(number, per_head, self.num_heads)
         # The longest tiles first, so that the last ones to run are short.
-        start = (per_head - 1 - lax.rem(number, jnp.int32(per_head))) * TILE
-        block, row = lax.div(start, jnp.int32(self.block_size)), lax.rem(start, jnp.int32(self.block_size))
+        tile = per_head - 1 - lax.rem(number, jnp.int32(per_head))
+        first_row, N = tile * TILE, jnp.int32(self.step)
+        block = lax.div(first_row, jnp.int32(self.block_size))
         key_head = lax.div(head, jnp.int32(self.num_heads // self.num_key_heads))
+        first_key = block * self.block_size
+        if start_BT is not None:
+            first_key, all_begun = span_BY2[batch, tile, 0], span_BY2[batch, tile, 1]
+        row = first_row - first_key  # from here on, rows and keys count from the first key
 
         def rows_of(array, first, size):
-            rows = pl.ds(start + first, size)
+            rows = pl.ds(first_row + first, size)
             return array.at[batch, rows, head] if len(array.shape) == 4 else array.at[batch, head, rows]
 
-        steps = lax.div(row + (TILE - 1), jnp.int32(self.step)) + 1
-        return _Tile(rows_of, self._keys_of(batch, key_head, block), row, steps)
+        def sees(shape, first, step):
+            row_QN = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+            key_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + step * self.step
+            seen_QN = row_QN + (row + first) >= key_QN
+            if start_BT is None:
+                return seen_QN
+            rows = pl.ds(first_row + first, shape[0])
+            start_Q = plgpu.load(start_BT.at[batch, rows], layout=ROW, optimized=False) - first_key
+            return seen_QN & (key_QN >= _over(start_Q, shape))
+
+        steps = lax.div(row + (TILE - 1), N) + 1
+        clear_from = None
+        if start_BT is not None:
+            clear_from = jnp.minimum(lax.div(all_begun - first_key + (N - 1), N), steps)
+        return _Tile(
+            rows_of,
+            self._keys_of(batch, key_head, first_key),
+            steps,
+            clear_from,
+            lambda first: jnp.maximum(lax.div(row + first + 1, N), jnp.int32(0) if clear_from is None else clear_from),
+            sees,
+        )
 
     def _chosen(self, block_Y, number):
-        num_blocks = -(-self.num_keys // self.block_size)
+        num_blocks = -(-self.length // self.block_size)
         key_head, batch = _divide(block_Y[number], num_blocks, self.num_key_heads)
         block = lax.rem(block_Y[number], jnp.int32(num_blocks))
+        steps = -(-self.num_keys // self.step)
 
         def rows_of(array, first, size):
             return array.at[pl.ds(number * TILE + first, size)]
 
-        return _Tile(rows_of, self._keys_of(batch, key_head, block), None, jnp.int32(self.block_size // self.step))
+        def sees(shape, first, step):
+            del first
+            key_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+            return key_QN + step * self.step < self.num_keys
 
-    def _keys_of(self, batch, key_head, block):
-        return lambda array, first, size: array.at[batch, pl.ds(block * self.block_size + first, size), key_head]
+        return _Tile(
+            rows_of,
+            self._keys_of(batch, key_head, block * self.block_size),
+            jnp.int32(steps),
+            None,
+            lambda first: jnp.int32(self.num_keys // self.step),
+            sees if self.num_keys % self.step else None,
+        )
 
-    def visible_steps(self, tile, row):
-        """How many of the steps over keys, the first ones, the rows from the tile's `row` on see as a whole."""
-        return tile.steps if tile.row is None else lax.div(tile.row + row + 1, jnp.int32(self.step))
+    def _keys_of(self, batch, key_head, first_key):
+        return lambda array, first, size: array.at[batch, pl.ds(first_key + first, size), key_head]
+
+
+def _over_keys(tile, first_row, begin, step):
+    """fori_loop of step(i, carry, masked) over the tile's keys, masked where rows from `first_row` on miss some."""
+    if tile.sees is None:
+        return lax.fori_loop(0, tile.steps, functools.partial(step, masked=False), begin)
+    clear_to = tile.clear_to(first_row)
+    carry, clear_from = begin, 0
+    if tile.clear_from is not None:
+        clear_from = tile.clear_from
+        carry = lax.fori_loop(0, clear_from, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(clear_from, clear_to, functools.partial(step, masked=False), carry)
+    return lax.fori_loop(clear_to, tile.steps, functools.partial(step, masked=True), carry)
 
 
 def _divide(number, inner, middle):
@@ -238,7 +321,7 @@ def wait_free(number, empty, slots=SLOTS):
         plgpu.barrier_wait(empty.at[slot_of(number, slots)])
 
 
-def _stream(work, block_Y, used_1, rows, row_barriers, keys):
+def _stream(work, table, table_2, rows, row_barriers, keys):
     """Copies the rows of every tile, (array, ring) each, and then its keys step by step, (array, ring, full, empty).
 
     empty is None where a ring shares the barriers of the one before.
@@ -261,14 +344,7 @@ def _stream(work, block_Y, used_1, rows, row_barriers, keys):
                     wait_free(number, keys_empty)
                 plgpu.copy_gmem_to_smem(tile.keys_of(array, i * N, N), ring.at[slot], keys_full.at[slot])
 
-    work.walk(block_Y, used_1, one)
-
-
-def _visible(shape, row, key):
-    """Whether each row, the first of which is at `row` of the block, is at or behind each key from `key` on."""
-    row_QN = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-    key_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    return row_QN + row >= key_QN + key
+    work.walk(table, table_2, one)
 
 
 def _over(row_Q, shape):
@@ -283,7 +359,7 @@ def _filled(value, shape, layout):
 
 
 def _attend_kernel(
-    block_Y, used_1, q, k_BSGK, v_BSGV, out, lse, largest, *, work, scale, q_RWQK, k_RNK, v_RNV, out_WQV, lse_WQ,
+    table, table_2, q, k_BSGK, v_BSGV, out, lse, largest, *, work, scale, q_RWQK, k_RNK, v_RNV, out_WQV, lse_WQ,
     max_WQ, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
 ):  # fmt: skip
     wg = lax.axis_index("wg")
@@ -294,7 +370,7 @@ def _attend_kernel(
         plgpu.set_max_registers(40, action="decrease")
 
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, v_full, v_empty)]
-        _stream(work, block_Y, used_1, [(q, q_RWQK)], (q_full, q_empty), keys)
+        _stream(work, table, table_2, [(q, q_RWQK)], (q_full, q_empty), keys)
 
     def other_turn():
         plgpu.barrier_arrive(turn)
@@ -323,8 +399,10 @@ def _attend_kernel(
                 s_QN = pl.run_scoped(logits, plgpu.ACC((ROWS, N), jnp.float32))
                 plgpu.barrier_arrive(k_empty.at[slot])
                 if masked:
-                    s_QN = jnp.where(_visible(s_QN.shape, tile.row + wg * ROWS, i * N), s_QN, -jnp.inf)
+                    s_QN = jnp.where(tile.sees(s_QN.shape, wg * ROWS, i), s_QN, -jnp.inf)
                 new_Q = jnp.maximum(max_Q, s_QN.max(axis=1))
+                if masked:  # A row that sees no key yet has no difference of infinities.
+                    new_Q = jnp.maximum(new_Q, LOWEST)
                 faded_Q = jnp.exp2((max_Q - new_Q) * (scale * LOG2E))
                 p_QN = jnp.exp2(s_QN * (scale * LOG2E) - _over(new_Q * (scale * LOG2E), s_QN.shape))
                 sum_Q = sum_Q * faded_Q + p_QN.sum(axis=1)
@@ -345,11 +423,7 @@ def _attend_kernel(
 
             nothing = _filled(0.0, (ROWS, V), plgpu.Layout.WGMMA)
             carry = (nothing, _filled(-jnp.inf, (ROWS,), ROW), _filled(0.0, (ROWS,), ROW))
-            all_visible = work.visible_steps(tile, wg * ROWS)
-            carry = lax.fori_loop(0, all_visible, functools.partial(kv_step, masked=False), carry)
-            if tile.row is not None:
-                carry = lax.fori_loop(all_visible, tile.steps, functools.partial(kv_step, masked=True), carry)
-            acc_QV, max_Q, sum_Q = carry
+            acc_QV, max_Q, sum_Q = _over_keys(tile, wg * ROWS, carry, kv_step)
             plgpu.barrier_arrive(q_empty.at[q_slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_WQV.at[wg][...] = (acc_QV * _over(1.0 / sum_Q, acc_QV.shape)).astype(dtype)
@@ -359,7 +433,7 @@ def _attend_kernel(
             for array, buffer in ((out, out_WQV), (lse, lse_WQ), (largest, max_WQ)):
                 plgpu.copy_smem_to_gmem(buffer.at[wg], tile.rows_of(array, wg * ROWS, ROWS))
 
-        work.walk(block_Y, used_1, one)
+        work.walk(table, table_2, one)
         pl.when(wg == 0)(other_turn)
         plgpu.wait_smem_to_gmem(0)
 
@@ -368,7 +442,7 @@ def _attend_kernel(
 
 
 def _rows_gradient_kernel(
-    block_Y, used_1, q, dout, lse, delta, k_BSGK, v_BSGV, dq, *, work, scale, q_RWQK, dout_RWQV, k_RNK, v_RNV, dq_WQK,
+    table, table_2, q, dout, lse, delta, k_BSGK, v_BSGV, dq, *, work, scale, q_RWQK, dout_RWQV, k_RNK, v_RNV, dq_WQK,
     q_full, q_empty, k_full, k_empty,
 ):  # fmt: skip
     wg = lax.axis_index("wg")
@@ -379,7 +453,7 @@ def _rows_gradient_kernel(
         plgpu.set_max_registers(40, action="decrease")
 
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, k_full, None)]
-        _stream(work, block_Y, used_1, [(q, q_RWQK), (dout, dout_RWQV)], (q_full, q_empty), keys)
+        _stream(work, table, table_2, [(q, q_RWQK), (dout, dout_RWQV)], (q_full, q_empty), keys)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -391,7 +465,7 @@ def _rows_gradient_kernel(
             q_slot = slot_of(here, slots)
             plgpu.barrier_wait(q_full.at[q_slot])
 
-            def kv_step(i, dq_QK, masked):
+            def kv_step(i, carry, dq_QK, masked):
                 slot = slot_of(so_far + i)
                 plgpu.barrier_wait(k_full.at[slot])
 
@@ -404,17 +478,15 @@ def _rows_gradient_kernel(
                 s_QN, dp_QN = pl.run_scoped(products, acc, acc)
                 p_QN = jnp.exp2(s_QN * (scale * LOG2E) - _over(lse_Q, s_QN.shape))
                 if masked:
-                    p_QN = jnp.where(_visible(s_QN.shape, tile.row + wg * ROWS, i * N), p_QN, 0.0)
+                    p_QN = jnp.where(tile.sees(s_QN.shape, wg * ROWS, i), p_QN, 0.0)
                 ds_QN = (p_QN * (dp_QN - _over(delta_Q, dp_QN.shape))).astype(dtype)
                 plgpu.wgmma(dq_QK, ds_QN, k_RNK.at[slot])
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(k_empty.at[slot])
+                return carry
 
             def all_steps(dq_QK):
-                all_visible = work.visible_steps(tile, wg * ROWS)
-                pl.loop(0, all_visible)(functools.partial(kv_step, dq_QK=dq_QK, masked=False))
-                if tile.row is not None:
-                    pl.loop(all_visible, tile.steps)(functools.partial(kv_step, dq_QK=dq_QK, masked=True))
+                _over_keys(tile, wg * ROWS, None, functools.partial(kv_step, dq_QK=dq_QK))
                 return dq_QK[...]
 
             dq_QK = pl.run_scoped(all_steps, plgpu.ACC((ROWS, K), jnp.float32))
@@ -424,5 +496,5 @@ def _rows_gradient_kernel(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dq_WQK.at[wg], tile.rows_of(dq, wg * ROWS, ROWS))
 
-        work.walk(block_Y, used_1, one)
+        work.walk(table, table_2, one)
         plgpu.wait_smem_to_gmem(0)

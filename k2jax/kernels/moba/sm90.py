@@ -34,9 +34,11 @@ PAIRS = 2**24
 
 def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale, segmented, q_offset) -> str | None:
     """Why these kernels cannot compute this call, or None."""
-    reason = attention_refusal(q_shape, k_shape, v_shape, dtype, scale=scale, segmented=segmented, q_offset=q_offset)
+    reason = attention_refusal(q_shape, k_shape, v_shape, dtype, scale=scale, q_offset=q_offset)
     if reason:
         return reason
+    if segmented:
+        return "segment_ids are not built"
     if block_size % TILE:
         return f"block_size={block_size} is no multiple of {TILE}"
     if min(top_k - 1, (q_shape[1] - 1) // block_size) > MAX_CHOSEN:
