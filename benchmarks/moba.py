@@ -19,18 +19,21 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import record
-from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
+from k2jax.kernels.attention.keys_gradient_sm90 import KeyHeads, keys_gradient
 from k2jax.kernels.attention.reference import masked_attention
 from k2jax.kernels.attention.tiles_sm90 import attend, rows_gradient
 from k2jax.kernels.moba import reference, sm90
+from k2jax.kernels.moba.blocks import layout
 
-# name: batch, tokens, query heads, key heads, block size, top k, sizes of keys and values
+# name: batch, tokens, query heads, key heads, block size, top k, sizes of keys and values, ends of documents
 CHECKS = {
     "small": (1, 1024, 2, 2, 128, 3, 128, 128),
     "odd length, grouped": (2, 1500, 4, 2, 256, 2, 128, 128),
     "many": (1, 4096, 2, 1, 128, 8, 128, 128),
     "own block alone": (1, 1024, 1, 1, 512, 1, 64, 64),
     "MLA": (1, 2000, 2, 2, 128, 4, 192, 128),
+    "packed documents": (2, 2000, 2, 1, 128, 3, 128, 128, 37, 700, 701, 1400),
+    "odd blocks": (1, 1500, 2, 2, 100, 4, 128, 128),
 }
 CASES = {
     "64K, B=128, k=8": (2, 65536, 16, 16, 128, 8),
@@ -70,10 +73,9 @@ def kernels(q, k, v, **settings):
     return tuple(sm90.moba_attention(q, k, v, scale=SCALE, **settings))
 
 
-def as_selected(q, k, v, selected_BHTJ, block_size, scale=SCALE):
+def as_selected(q, k, v, selected_BHTJ, block_id_BS, scale=SCALE):
     """The definition with T x S arrays, for a choice already made."""
-    block_S = jnp.arange(k.shape[1]) // block_size
-    mask_BHTS = (selected_BHTJ[..., None] == block_S).any(axis=-2)
+    mask_BHTS = (selected_BHTJ[..., None] == block_id_BS[:, None, None, None]).any(axis=-2)
     mask_BTHS = mask_BHTS.swapaxes(1, 2) & (jnp.arange(k.shape[1]) <= jnp.arange(q.shape[1])[:, None])[:, None]
     out, lse, max_logit = masked_attention(q, k, v, mask_BTHS, scale)
     return out, (lse, max_logit)
@@ -81,19 +83,26 @@ def as_selected(q, k, v, selected_BHTJ, block_size, scale=SCALE):
 
 def check(name) -> dict[str, float]:
     """Errors, as multiples of those of plain bfloat16 attention; raises AssertionError where something is wrong."""
-    B, T, H, G, C, top_k, K, V = CHECKS[name]
+    B, T, H, G, C, top_k, K, V, *ends = CHECKS[name]
     arrays = inputs(B, T, H, G, K, V)
-    run = jax.jit(functools.partial(with_gradients, functools.partial(kernels, block_size=C, top_k=top_k)))
+    segments = (
+        jnp.broadcast_to(jnp.searchsorted(jnp.array(ends), jnp.arange(T), side="right"), (B, T)) if ends else None
+    )
+    settings = {"block_size": C, "top_k": top_k, "segment_ids": segments}
+    run = jax.jit(functools.partial(with_gradients, functools.partial(kernels, **settings)))
     got = run(*arrays)
     jax.block_until_ready(run(*(2 * x for x in arrays)))  # so that a second run cannot find the first one's results
     same = jax.tree.map(lambda a, b: bool((a == b).all()), got, run(*arrays))
     assert jax.tree.all(same), f"{name}: two runs differ: {same}"
 
-    definition = jax.jit(functools.partial(reference.moba_attention, block_size=C, top_k=top_k, scale=SCALE))
+    definition = jax.jit(functools.partial(reference.moba_attention, scale=SCALE, **settings))
+    block_id_BS = layout(segments, T, C).block_id_BS
     selected = got[1].selected_BHTJ
     agree = float((selected == definition(*arrays[:3]).residuals.selected_BHTJ).mean())
     assert agree > 0.9999, f"{name}: {agree:.5f} of the selections are the definition's"
-    plain = jax.jit(lambda q, k, v, dout: with_gradients(lambda *qkv: as_selected(*qkv, selected, C), q, k, v, dout))
+    plain = jax.jit(
+        lambda q, k, v, dout: with_gradients(lambda *qkv: as_selected(*qkv, selected, block_id_BS), q, k, v, dout)
+    )
     rounded = plain(*arrays)
     with jax.default_matmul_precision("highest"):
         exact = plain(*(x.astype(jnp.float32) for x in arrays))
@@ -171,13 +180,13 @@ def stages(B, T, H, G, C, top_k) -> dict[str, float]:
     """Milliseconds of every stage alone, on random inputs."""
     q, k, v, dout = inputs(B, T, H, G)
     settings = sm90.Settings(SCALE, C, H // G, T, T // C, top_k - 1, None, None)
-    choose = jax.jit(functools.partial(sm90._choose, settings))
+    choose = jax.jit(functools.partial(sm90._choose, settings, packed=None))
     found = {"means, gate, top-k": median_ms(choose, q, k)}
     winner = choose(q, k)
-    grouping = jax.jit(functools.partial(sm90._groups, settings))
+    grouping = jax.jit(functools.partial(sm90._groups, settings, packed=None))
     found["grouping"] = median_ms(grouping, winner)
     groups = grouping(winner)
-    gather = jax.jit(sm90._gather_queries)
+    gather = jax.jit(functools.partial(sm90._gather_queries, heads=KeyHeads(0, 0, B, G, G)))
     found["gather q"] = median_ms(gather, q, groups.row_P)
     q_PK, dout_PV = gather(q, groups.row_P), gather(dout, groups.row_P)
     own = jax.jit(functools.partial(attend, SCALE, C))

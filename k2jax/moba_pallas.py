@@ -83,10 +83,10 @@ def moba_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = {"block_size": block_size, "top_k": top_k, "scale": scale}
     if implementation is None:
-        implementation, why = _choose(q, k, v, **call, segment_ids=segment_ids, q_offset=q_offset)
+        implementation, why = _choose(q, k, v, **call, q_offset=q_offset)
         _log_choice(implementation, why, q.shape, k.shape, block_size, top_k)
     elif implementation == "sm90":
-        reason = _cannot_run_sm90(q, k, v, **call, segment_ids=segment_ids, q_offset=q_offset)
+        reason = _cannot_run_sm90(q, k, v, **call, q_offset=q_offset)
         if reason:
             raise ValueError(f"implementation='sm90' cannot run: {reason}")
     attend = functools.partial(_implementation(implementation), **call)
@@ -106,7 +106,7 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
     backward beyond the inputs and outputs, in MiB.
     """
     check_shapes(q, k, v, segment_ids, q_offset)
-    call = {"block_size": block_size, "top_k": top_k, "scale": 1.0, "segment_ids": segment_ids, "q_offset": q_offset}
+    call = {"block_size": block_size, "top_k": top_k, "scale": 1.0, "q_offset": q_offset}
     why = "named by the caller"
     if implementation is None:
         implementation, why = _choose(q, k, v, **call)
@@ -130,7 +130,7 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
     )
 
 
-def _choose(q, k, v, *, block_size, top_k, scale, segment_ids, q_offset):
+def _choose(q, k, v, *, block_size, top_k, scale, q_offset):
     """The implementation None stands for, and the reason."""
     T = q.shape[1]
     if isinstance(q_offset, int) and q_offset + T <= block_size * top_k:
@@ -143,7 +143,7 @@ def _choose(q, k, v, *, block_size, top_k, scale, segment_ids, q_offset):
             "reference",
             f"{T} queries are fewer than one block of {block_size}: T x S memory is the smaller one",
         )
-    call = {"block_size": block_size, "top_k": top_k, "scale": scale, "segment_ids": segment_ids, "q_offset": q_offset}
+    call = {"block_size": block_size, "top_k": top_k, "scale": scale, "q_offset": q_offset}
     not_sm90, sizes = _cannot_run_sm90(q, k, v, **call), (q.shape[3], v.shape[3])
     if not not_sm90 and sizes not in MEASURED_HEAD_SIZES:
         not_sm90 = f"heads of sizes {sizes} have not been measured on a GPU; name 'sm90' to take it"
@@ -152,12 +152,11 @@ def _choose(q, k, v, *, block_size, top_k, scale, segment_ids, q_offset):
     return "sm90", "a Hopper GPU, and a call that its kernels take"
 
 
-def _cannot_run_sm90(q, k, v, *, block_size, top_k, scale, segment_ids, q_offset):
+def _cannot_run_sm90(q, k, v, *, block_size, top_k, scale, q_offset):
     reason = cannot_run_sm90(q, k, v, scale, q_offset)
     return reason or sm90.refusal(
-        q.shape, k.shape, v.shape, q.dtype, block_size=block_size, top_k=top_k, scale=scale,
-        segmented=segment_ids is not None, q_offset=q_offset,
-    )  # fmt: skip
+        q.shape, k.shape, v.shape, q.dtype, block_size=block_size, top_k=top_k, scale=scale, q_offset=q_offset
+    )
 
 
 def _implementation(name):

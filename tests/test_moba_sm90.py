@@ -31,7 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from benchmarks.moba import as_selected, with_gradients
 from k2jax.kernels.attention import sm90 as full
 from k2jax.kernels.moba import reference, sm90
-from k2jax.kernels.moba.blocks import choose
+from k2jax.kernels.moba.blocks import choose, layout
 from k2jax.kernels.moba.gate_sm90 import choose_blocks_sm90
 from tests import gpu_interpreter
 from tests.test_moba_sm90 import ATTENDS, GATES
@@ -43,27 +43,36 @@ def random(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 def attend(case):
-    B, T, H, G, K, V, C, k, dtype, pairs = case
+    B, T, H, G, K, V, C, k, dtype, pairs, *ends = case
+    segments = None
+    if ends:  # Every batch row a little longer documents.
+        rows = [jnp.searchsorted(jnp.array(ends) + 3 * b, jnp.arange(T), side="right") for b in range(B)]
+        segments = jnp.stack(rows).astype(jnp.int32)
     sm90.PAIRS = pairs
     shapes = ((B, T, H, K), (B, T, G, K), (B, T, G, V), (B, T, H, V))
     arrays = [random(i, *shape).astype(dtype) for i, shape in enumerate(shapes)]
     scale = K**-0.5
+    settings = {"block_size": C, "top_k": k, "scale": scale, "segment_ids": segments}
     def run(q, k_, v):
         if C is None:
-            out, lse, largest = full.attention(q, k_, v, scale=scale, num_sms=3, interpret=interpret)
+            options = {"scale": scale, "segment_ids": segments, "num_sms": 3, "interpret": interpret}
+            out, lse, largest = full.attention(q, k_, v, **options)
             return out, (lse, largest, None)
-        return tuple(sm90.moba_attention(q, k_, v, block_size=C, top_k=k, scale=scale, num_sms=3, interpret=interpret))
+        options = settings | {"num_sms": 3, "interpret": interpret}
+        return tuple(sm90.moba_attention(q, k_, v, **options))
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         got = with_gradients(run, *arrays)
         jax.block_until_ready(got)
     if C is None:
-        selected, agree = jnp.zeros((B, H, T, 1), jnp.int32), 1.0
+        block_id = jnp.zeros((B, T), jnp.int32) if segments is None else segments
+        selected, agree = jnp.broadcast_to(block_id[:, None, :, None], (B, H, T, 1)), 1.0
     else:
         selected = got[1].selected_BHTJ
-        definition = reference.moba_attention(*arrays[:3], block_size=C, top_k=k, scale=scale)
+        block_id = layout(segments, T, C).block_id_BS
+        definition = reference.moba_attention(*arrays[:3], **settings)
         agree = float((selected == definition.residuals.selected_BHTJ).mean())
     def plain(*qkv):
-        return as_selected(*qkv, selected, C or T, scale)
+        return as_selected(*qkv, selected, block_id, scale)
     rounded, exact = with_gradients(plain, *arrays), with_gradients(plain, *(x.astype(jnp.float32) for x in arrays))
     def error(x, right):
         return float(jnp.linalg.norm(x.astype(jnp.float32) - right) / jnp.linalg.norm(right))
@@ -80,9 +89,12 @@ def gate(case):
     D = -(-T // C)
     rng = np.random.default_rng(0)
     q, mean = (jnp.asarray(rng.integers(-1, 2, shape), dtype) for shape in ((B, T, H, 64), (B, D, G, 64)))
-    got = choose_blocks_sm90(q, mean, chosen, block_size=C, num_sms=3, interpret=interpret)
+    # The first choices of every query are closed to it, as another document's blocks are.
+    first = jnp.broadcast_to(jnp.arange(T) // (8 * C) * 2, (B, T))
+    end = jnp.broadcast_to(jnp.arange(T) // C, (B, T))
+    got = choose_blocks_sm90(q, mean, chosen, first, end, num_sms=3, interpret=interpret)
     score = jnp.einsum("bthk,bdhk->bhtd", q.astype(jnp.float32), jnp.repeat(mean, H // G, axis=2).astype(jnp.float32))
-    candidate = jnp.arange(D) < (jnp.arange(T) // C)[:, None]
+    candidate = (jnp.arange(D) < end[0, :, None]) & (jnp.arange(D) >= first[0, :, None])
     right = choose(score, jnp.broadcast_to(candidate, score.shape), chosen)
     return int((got[..., :T].swapaxes(2, 3) != right).sum())
 
@@ -90,7 +102,8 @@ name = sys.argv[1]
 print(json.dumps(attend(ATTENDS[name]) if name in ATTENDS else gate(GATES[name])))
 """
 
-# batch, tokens, query heads, key heads, sizes of keys and values, block size (None: full attention), top_k, type, PAIRS
+# batch, tokens, query heads, key heads, sizes of keys and values, block size (None: full attention), top_k, type, PAIRS,
+# ends of documents
 ATTENDS = {
     "a tile and a half, grouped heads": (1, 300, 2, 1, 128, 128, 128, 2, "bfloat16", 2**22),
     "heads in steps, an odd length": (2, 301, 4, 2, 64, 64, 128, 3, "bfloat16", 900),
@@ -100,10 +113,14 @@ ATTENDS = {
     "own block alone": (1, 300, 2, 1, 64, 64, 128, 1, "bfloat16", 2**22),
     "large blocks": (1, 700, 1, 1, 64, 64, 256, 2, "bfloat16", 2**22),
     "more choices than blocks": (1, 300, 1, 1, 64, 64, 128, 9, "bfloat16", 2**22),
+    "packed documents": (2, 700, 2, 1, 64, 64, 128, 3, "bfloat16", 2**22, 37, 290, 291, 600),
+    "blocks of 100": (1, 560, 2, 1, 64, 64, 100, 3, "bfloat16", 900),
+    "blocks of 200 in documents": (1, 900, 1, 1, 128, 128, 200, 2, "float16", 2**22, 450),
+    "full, packed documents": (2, 601, 2, 1, 64, 64, None, None, "bfloat16", None, 37, 290, 300, 301),
     "full": (2, 301, 4, 2, 64, 64, None, None, "bfloat16", None),
     "full MLA": (1, 200, 2, 2, 192, 128, None, None, "float16", None),
 }
-QUICK = {"a tile and a half, grouped heads", "full"}
+QUICK = {"a tile and a half, grouped heads", "full", "packed documents"}
 
 # batch, tokens, query heads, key heads, block size, chosen, type; small whole numbers, so that many scores are equal
 GATES = {
@@ -190,16 +207,21 @@ def test_kernels_lower_for_a_gpu_without_one(sizes, dtype, T):
     q, k, v = (jax.ShapeDtypeStruct((2, T, h, n), dtype) for h, n in ((4, sizes[0]), (2, sizes[0]), (2, sizes[1])))
     options = {"scale": 0.1, "num_sms": H100_SMS}
     assert "mosaic_gpu" in lowered(functools.partial(full_sm90.attention, **options), q, k, v)
-    moba = functools.partial(sm90.moba_attention, block_size=256, top_k=4, **options)
-    assert "mosaic_gpu" in lowered(moba, q, k, v)
+    moba = functools.partial(sm90.moba_attention, top_k=4, **options)
+    assert "mosaic_gpu" in lowered(functools.partial(moba, block_size=256), q, k, v)
+    if dtype == "bfloat16":
+        segments = jnp.arange(T)[None] * jnp.ones((2, 1), int) // 700
+        packed = functools.partial(moba, block_size=200, segment_ids=segments)
+        assert "mosaic_gpu" in lowered(packed, q, k, v)
 
 
 @pytest.mark.parametrize("chosen", [1, 7, 15])
 def test_the_gate_lowers_at_a_long_context(chosen):
     q, mean = (jax.ShapeDtypeStruct((2, n, 16, 128), jnp.bfloat16) for n in (65536, 512))
     calls = [jax.export.DisabledSafetyCheck.custom_call(f"mosaic_gpu{suffix}") for suffix in ("", "_v2")]
-    gate = functools.partial(choose_blocks_sm90, num_chosen=chosen, block_size=128, num_sms=H100_SMS)
-    jax.export.export(jax.jit(gate), platforms=["cuda"], disabled_checks=calls)(q, mean)
+    edges = jax.ShapeDtypeStruct((2, 65536), jnp.int32)
+    gate = jax.jit(functools.partial(choose_blocks_sm90, num_chosen=chosen, num_sms=H100_SMS))
+    jax.export.export(gate, platforms=["cuda"], disabled_checks=calls)(q, mean, first_BT=edges, end_BT=edges)
 
 
 def call(**changes):
@@ -213,9 +235,8 @@ REFUSED = [
     ({"dtype": jnp.float32}, {}, "q, k and v are float32"),
     ({"T": 64, "S": 64}, {"top_k": 1}, "64 keys are fewer than a tile of 128"),
     ({"K": 96}, {}, r"heads of sizes \(96, 128\): built are"),
-    ({}, {"block_size": 192}, "block_size=192 is no multiple of 128"),
+    ({}, {"block_size": 48}, "block_size=48 is less than 64"),
     ({"T": 4096, "S": 4096}, {"top_k": 17}, "top_k=17 is more than 16"),
-    ({}, {"segment_ids": jax.ShapeDtypeStruct((1, 2048), jnp.int32)}, "segment_ids are not built"),
     ({"T": 1024}, {"q_offset": 1024}, "1024 queries at q_offset=1024 of 2048 keys: only whole sequences"),
     ({}, {"scale": -1.0}, "scale=-1.0 is not positive"),
 ]
@@ -225,15 +246,10 @@ REFUSED = [
 def test_a_named_kernel_says_why_it_cannot_and_none_takes_another(monkeypatch, changes, arguments, message):
     on_hopper(monkeypatch)
     arguments = {"block_size": 128, "top_k": 3} | arguments
-    run = functools.partial(moba_attention, **{n: x for n, x in arguments.items() if n != "segment_ids"})
-    inputs = (*call(**changes), arguments.get("segment_ids"))
-
-    def attend(q, k, v, segments, implementation=None):
-        return run(q, k, v, segment_ids=segments, implementation=implementation)
-
+    run = functools.partial(moba_attention, **arguments)
     with pytest.raises(ValueError, match=f"implementation='sm90' cannot run: .*{message}"):
-        jax.eval_shape(functools.partial(attend, implementation="sm90"), *inputs)
-    jax.eval_shape(attend, *inputs)
+        jax.eval_shape(functools.partial(run, implementation="sm90"), *call(**changes))
+    jax.eval_shape(run, *call(**changes))
     if "scale" not in arguments:
         assert "sm90\n" not in moba_attention_plan(*call(**changes), **arguments)
 
@@ -251,9 +267,7 @@ def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch):
     unmeasured = plan(*call(K=192))
     assert unmeasured.startswith("implementation: xla")
     assert "heads of sizes (192, 128) have not been measured on a GPU; name 'sm90'" in unmeasured
-    choice, _ = moba_pallas._choose(
-        *call(), block_size=128, top_k=3, scale=1.0, segment_ids=None, q_offset=jnp.zeros(1, jnp.int32)
-    )
+    choice, _ = moba_pallas._choose(*call(), block_size=128, top_k=3, scale=1.0, q_offset=jnp.zeros(1, jnp.int32))
     assert choice == "xla"
     assert attention_room.choose((1, 2048, 2, 128), (1, 2048, 2, 128), (1, 2048, 2, 128), None)[0] == "sm90"
 

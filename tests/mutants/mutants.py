@@ -1122,15 +1122,15 @@ KERNELS_MUTANTS = (
     Mutant(
         "the gate offers a query its own block",
         "k2jax/kernels/moba/gate_sm90.py",
-        "(column_QN + (first_block + 1)) * block_size",
-        "(column_QN + first_block) * block_size",
+        "(block_QN < end_QN)",
+        "(block_QN <= end_QN)",
         f"{HOPPER_GATE}[ties]",
     ),
     Mutant(
         "the Hopper kernel hides a query's own key",
         "k2jax/kernels/attention/tiles_sm90.py",
-        "return row_QN + row >= key_QN + key",
-        "return row_QN + row > key_QN + key",
+        "seen_QN = row_QN + (row + first) >= key_QN",
+        "seen_QN = row_QN + (row + first) > key_QN",
         f"{HOPPER_IS_EXACT}[full]",
     ),
     Mutant(

@@ -9,8 +9,6 @@ Legend: B batch, T queries, H query heads, G key heads, D blocks, J chosen block
 warpgroup, W warpgroups, N blocks of a step, R ring slots.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -35,13 +33,13 @@ STEP = 128  # blocks scored at a time
 MAX_CHOSEN = 15
 
 
-def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, *, block_size, num_sms=None, interpret=None):
-    """The best earlier blocks of each query by the inner product with the blocks' mean keys.
+def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, first_BT, end_BT, *, num_sms=None, interpret=None):
+    """The best of each query's candidate blocks by the inner product with the blocks' mean keys.
 
     Args:
       q_BTHK, mean_key_BDGK: bfloat16 or float16, products added in float32; K a multiple of 64.
       num_chosen: J, 1 to MAX_CHOSEN.
-      block_size: the query at t may choose a block below t // block_size.
+      first_BT, end_BT: int32, a query may choose blocks from the first on and before the end; both rise along T.
       num_sms, interpret: as in `tiles_sm90.attend`.
 
     Returns: int32 winner_BHJT with T rounded up to a tile, the best block first, the lowest of equal ones; -1 where
@@ -51,8 +49,12 @@ def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, *, block_size, num_sms
     # Copies swizzle rows in groups of eight. What they read behind the last block is zero, and nobody's candidate.
     D = mean_key_BDGK.shape[1]
     mean_key_BDGK = jnp.pad(mean_key_BDGK, ((0, 0), (0, max(-D % 8, STEP - D)), (0, 0), (0, 0)))
+    to_tile = ((0, 0), (0, padded(T) - T))
+    range_2BT = jnp.stack([jnp.pad(x, to_tile, mode="edge") for x in (first_BT, end_BT)])
+    ends_2BYL = range_2BT.reshape(2, B, -1, TILE)
+    span_BY2 = jnp.stack([ends_2BYL[0, ..., 0] // STEP * STEP, ends_2BYL[1, ..., -1]], axis=-1)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, block_size=block_size),
+        _kernel,
         out_type=jax.ShapeDtypeStruct((B, H, num_chosen, padded(T)), jnp.int32),
         grid=(jax.devices()[0].core_count if num_sms is None else num_sms,),
         grid_names=("sm",),
@@ -70,10 +72,12 @@ def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, *, block_size, num_sms
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel(q_BTHK, mean_key_BDGK)
+    return kernel(span_BY2, range_2BT, q_BTHK, mean_key_BDGK)
 
 
-def _kernel(q_BTHK, mean_BDGK, winner_BHJT, *, block_size, q_RWQK, mean_RNK, winner_WJQ, q_full, q_empty, full, empty):
+def _kernel(
+    span_BY2, range_2BT, q_BTHK, mean_BDGK, winner_BHJT, *, q_RWQK, mean_RNK, winner_WJQ, q_full, q_empty, full, empty
+):
     wg = lax.axis_index("wg")
     (B, H), num_tiles = winner_BHJT.shape[:2], winner_BHJT.shape[3] // TILE
     heads_per_key = H // mean_BDGK.shape[2]
@@ -81,16 +85,16 @@ def _kernel(q_BTHK, mean_BDGK, winner_BHJT, *, block_size, q_RWQK, mean_RNK, win
     num_mine = lax.div(B * H * num_tiles - 1 - first, jnp.int32(stride)) + 1
 
     def walk(body):
-        """body(number here, batch, head, first row, steps, steps so far); the longest tiles first, heads in turn."""
+        """body(number here, batch, head, first row, first block, steps, steps so far); long tiles first."""
 
         def one(here, so_far):
             number = first + here * stride
             batch_head = lax.rem(number, jnp.int32(B * H))
             batch, head = lax.div(batch_head, jnp.int32(H)), lax.rem(batch_head, jnp.int32(H))
-            row = (num_tiles - 1 - lax.div(number, jnp.int32(B * H))) * TILE
-            num_candidates = lax.div(row + (TILE - 1), jnp.int32(block_size))
-            steps = lax.div(num_candidates + (STEP - 1), jnp.int32(STEP))
-            body(here, batch, head, row, steps, so_far)
+            tile = num_tiles - 1 - lax.div(number, jnp.int32(B * H))
+            first_block, end = (span_BY2[batch, tile, i] for i in range(2))
+            steps = lax.div(jnp.maximum(end - first_block, 0) + (STEP - 1), jnp.int32(STEP))
+            body(here, batch, head, tile * TILE, first_block, steps, so_far)
             return so_far + steps
 
         lax.fori_loop(0, num_mine, one, jnp.int32(0))
@@ -99,7 +103,7 @@ def _kernel(q_BTHK, mean_BDGK, winner_BHJT, *, block_size, q_RWQK, mean_RNK, win
     def _produce():
         plgpu.set_max_registers(40, action="decrease")
 
-        def one(here, batch, head, row, steps, so_far):
+        def one(here, batch, head, row, first_block, steps, so_far):
             slot = slot_of(here)
             wait_free(here, q_empty)
             for i in range(CONSUMERS):
@@ -109,7 +113,7 @@ def _kernel(q_BTHK, mean_BDGK, winner_BHJT, *, block_size, q_RWQK, mean_RNK, win
 
             @pl.loop(0, steps)
             def _step(i):
-                slot, blocks = slot_of(so_far + i), pl.ds(i * STEP, STEP)
+                slot, blocks = slot_of(so_far + i), pl.ds(first_block + i * STEP, STEP)
                 wait_free(so_far + i, empty)
                 plgpu.copy_gmem_to_smem(mean_BDGK.at[batch, blocks, key_head], mean_RNK.at[slot], full.at[slot])
 
@@ -119,8 +123,9 @@ def _kernel(q_BTHK, mean_BDGK, winner_BHJT, *, block_size, q_RWQK, mean_RNK, win
     def _consume():
         plgpu.set_max_registers(232, action="increase")
 
-        def one(here, batch, head, row, steps, so_far):
-            row, q_slot = row + wg * ROWS, slot_of(here)
+        def one(here, batch, head, row, first_block, steps, so_far):
+            q_slot, rows = slot_of(here), pl.ds(row + wg * ROWS, ROWS)
+            candidates = [plgpu.load(range_2BT.at[i, batch, rows], layout=ROW, optimized=False) for i in range(2)]
             plgpu.barrier_wait(q_full.at[q_slot])
 
             def step(i, best):
@@ -133,7 +138,7 @@ def _kernel(q_BTHK, mean_BDGK, winner_BHJT, *, block_size, q_RWQK, mean_RNK, win
 
                 score_QN = pl.run_scoped(product, plgpu.ACC((ROWS, STEP), jnp.float32))
                 plgpu.barrier_arrive(empty.at[slot])
-                return _best_of(score_QN, best, row, i * STEP, block_size)
+                return _best_of(score_QN, best, candidates, first_block + i * STEP)
 
             nothing = tuple((_row(-jnp.inf), _row(-1.0)) for _ in range(winner_WJQ.shape[1]))
             best = lax.fori_loop(0, steps, step, nothing)
@@ -143,7 +148,7 @@ def _kernel(q_BTHK, mean_BDGK, winner_BHJT, *, block_size, q_RWQK, mean_RNK, win
                 winner_WJQ.at[wg, j][...] = block_Q.astype(jnp.int32)
             plgpu.commit_smem()
             for j in range(len(best)):
-                plgpu.copy_smem_to_gmem(winner_WJQ.at[wg, j], winner_BHJT.at[batch, head, j, pl.ds(row, ROWS)])
+                plgpu.copy_smem_to_gmem(winner_WJQ.at[wg, j], winner_BHJT.at[batch, head, j, rows])
 
         walk(one)
         plgpu.wait_smem_to_gmem(0)
@@ -153,17 +158,16 @@ def _row(value):
     return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW)
 
 
-def _best_of(score_QN, best, row, first_block, block_size):
+def _best_of(score_QN, best, candidates, first_block):
     """The sorted list (score, block) of each row after another STEP blocks. float32 holds every block."""
     shape = score_QN.shape
-    row_QN = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-    column_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    # A block is earlier than a row's own if its first row and a whole block more lie at or before the row.
-    candidate_QN = row_QN + row >= (column_QN + (first_block + 1)) * block_size
+    block_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + first_block
+    first_QN, end_QN = (lax.broadcast_in_dim(x, shape, [0]) for x in candidates)
     # A comparison is false for what is no number.
-    score_QN = jnp.where(candidate_QN & (score_QN > -jnp.inf), score_QN, -jnp.inf)
+    candidate_QN = (block_QN >= first_QN) & (block_QN < end_QN) & (score_QN > -jnp.inf)
+    score_QN = jnp.where(candidate_QN, score_QN, -jnp.inf)
     # Negative, because the largest is what a reduction finds.
-    minus_QN = -(column_QN + first_block).astype(jnp.float32)
+    minus_QN = -block_QN.astype(jnp.float32)
     for _ in best:
         score_Q = score_QN.max(axis=1)
         is_best_QN = score_QN == lax.broadcast_in_dim(score_Q, shape, [0])

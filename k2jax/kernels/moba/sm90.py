@@ -21,26 +21,26 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.kernels.attention.keys_gradient_sm90 import KeyHeads, keys_gradient
-from k2jax.kernels.attention.sm90 import own_rows, whole_groups
+from k2jax.kernels.attention.sm90 import own_rows, whole_groups, whole_starts
 from k2jax.kernels.attention.sm90 import refusal as attention_refusal
-from k2jax.kernels.attention.tiles_sm90 import TILE, attend, padded, rows_gradient
-from k2jax.kernels.moba.blocks import Attended, Residuals
+from k2jax.kernels.attention.tiles_sm90 import TILE, Starts, attend, padded, rows_gradient, starts_of
+from k2jax.kernels.moba.blocks import Attended, Residuals, at_positions, layout
 from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN, choose_blocks_sm90
 from k2jax.kernels.moba.grouping import group, num_tiles
+from k2jax.kernels.moba.routing import history_blocks
 
+MIN_BLOCK = 64  # A tile reads 128 keys of a block at a time, what is missing of them for nothing.
 # Pairs whose gathered queries and partial results are in memory at once: 8 GiB at 2 * 256 bytes each, 12 backward.
 PAIRS = 2**24
 
 
-def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale, segmented, q_offset) -> str | None:
+def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale, q_offset) -> str | None:
     """Why these kernels cannot compute this call, or None."""
     reason = attention_refusal(q_shape, k_shape, v_shape, dtype, scale=scale, q_offset=q_offset)
     if reason:
         return reason
-    if segmented:
-        return "segment_ids are not built"
-    if block_size % TILE:
-        return f"block_size={block_size} is no multiple of {TILE}"
+    if block_size < MIN_BLOCK:
+        return f"block_size={block_size} is less than {MIN_BLOCK}"
     if min(top_k - 1, (q_shape[1] - 1) // block_size) > MAX_CHOSEN:
         return f"top_k={top_k} is more than {MAX_CHOSEN + 1}"
     return None
@@ -54,21 +54,55 @@ def moba_attention(
     Raises ValueError where the kernels cannot do it (`refusal`).
     """
     (B, T, H, _), G = q_BTHK.shape, k_BSGK.shape[2]
-    reason = refusal(
-        q_BTHK.shape, k_BSGK.shape, v_BSGV.shape, q_BTHK.dtype, block_size=block_size, top_k=top_k, scale=scale,
-        segmented=segment_ids is not None, q_offset=q_offset,
-    )  # fmt: skip
+    shapes = (q_BTHK.shape, k_BSGK.shape, v_BSGV.shape)
+    reason = refusal(*shapes, q_BTHK.dtype, block_size=block_size, top_k=top_k, scale=scale, q_offset=q_offset)
     if reason:
         raise ValueError(reason)
-    D = -(-T // block_size)
-    settings = Settings(float(scale), block_size, H // G, T, D, min(top_k - 1, D - 1), num_sms, interpret)
     q_BTHK, k_BSGK, v_BSGV = (whole_groups(x) for x in (q_BTHK, k_BSGK, v_BSGV))
-    out_BTHV, lse_BHT, max_BH, winner_BHJT = _attention(settings, q_BTHK, k_BSGK, v_BSGV)
-    own_BHT1 = jnp.broadcast_to((jnp.arange(T, dtype=jnp.int32) // block_size)[:, None], (B, H, T, 1))
+    # A block that somebody chooses is complete and has a token behind it.
+    num_blocks = (T - 1) // block_size
+    is_packed = segment_ids is not None or block_size % TILE > 0
+    table_blocks = num_blocks if is_packed else -(-T // block_size)
+    J = min(top_k - 1, num_blocks)
+    settings = Settings(float(scale), block_size, H // G, T, table_blocks, J, num_sms, interpret)
+    where = layout(segment_ids, T, block_size)
+    history, *candidates = history_blocks(where, segment_ids, T, block_size)
+    packed = _packed(settings, where, history, candidates, B, q_BTHK.shape[1]) if is_packed else None
+    out_BTHV, lse_BHT, max_BH, winner_BHJT = _attention(settings, q_BTHK, k_BSGK, v_BSGV, packed)
+    own_BHT1 = jnp.broadcast_to(where.block_id_BS[:, None, :, None], (B, H, T, 1))
     earlier_BHTJ = winner_BHJT[..., :T].swapaxes(2, 3)
-    earlier_BHTJ = jnp.pad(earlier_BHTJ, ((0, 0),) * 3 + ((0, top_k - 1 - settings.J),), constant_values=-1)
+    if J:
+        name = jax.vmap(lambda block_id_N, winner_HTJ: block_id_N[jnp.maximum(winner_HTJ, 0)])
+        block_id_BN = jnp.broadcast_to(history.block_id_BN, (B, num_blocks))
+        earlier_BHTJ = jnp.where(earlier_BHTJ < 0, -1, name(block_id_BN, earlier_BHTJ))
+    earlier_BHTJ = jnp.pad(earlier_BHTJ, ((0, 0),) * 3 + ((0, top_k - 1 - J),), constant_values=-1)
     selected_BHTJ = jnp.concatenate([own_BHT1, earlier_BHTJ], axis=-1)
     return Attended(out_BTHV[:, :T], Residuals(lse_BHT[..., :T], max_BH, selected_BHTJ))
+
+
+class Packed(NamedTuple):
+    """Where blocks begin anywhere: chosen ones are copied to where kernels can read them, own ones begin by `starts`."""
+
+    start_BN: jax.Array  # of each block that may be chosen
+    first_BT: jax.Array  # the candidates of each query: from this block on
+    end_BT: jax.Array  # and before this one
+    starts: Starts
+    place_BS: jax.Array  # of each key among the copies; behind their end for one that was not copied
+
+
+def _packed(settings, where, history, candidates, B, padded_T):
+    T, N, place = settings.num_tokens, settings.table_blocks, padded(settings.block_size)
+    where, (first_BS, count_BS) = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, T)), (where, tuple(candidates)))
+    start_BN = jnp.broadcast_to(history.start_BN, (B, N))
+    end_BS = first_BS + count_BS
+    # A key's own block is the next one behind its candidates, if it may be chosen at all.
+    next_BS = at_positions(jnp.pad(start_BN, ((0, 0), (0, 1)), constant_values=-1), jnp.minimum(end_BS, N))
+    inside_BS = jnp.arange(T, dtype=jnp.int32) - where.block_start_BS
+    place_BS = jnp.where(next_BS == where.block_start_BS, end_BS * place + inside_BS, N * place)
+    first_BT, end_BT = (jnp.pad(x, ((0, 0), (0, padded_T - T)), mode="edge") for x in (first_BS, end_BS))
+    starts = starts_of(whole_starts(where.block_start_BS, padded_T))
+    place_BS = jnp.pad(place_BS, ((0, 0), (0, padded_T - T)), constant_values=N * place)
+    return Packed(start_BN, first_BT, end_BT, starts, place_BS)
 
 
 def working_numbers(q_shape, v_shape, block_size, top_k):
@@ -87,36 +121,34 @@ class Settings(NamedTuple):
     block_size: int
     R: int
     num_tokens: int  # before T was rounded up
-    D: int
+    table_blocks: int  # of each key head in the kernels' tables
     J: int
     num_sms: int | None
     interpret: Any
-
-    @property
-    def options(self):
-        return {"num_sms": self.num_sms, "interpret": self.interpret}
 
 
 # --- forward and backward -----------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(settings, q_BTHK, k_BSGK, v_BSGV):
+def _attention(settings, q_BTHK, k_BSGK, v_BSGV, packed):
     """out_BTHV; lse_BHT, each head's largest logit max_BH (float32) and winner_BHJT without a gradient."""
-    return _forward(settings, q_BTHK, k_BSGK, v_BSGV)[0]
+    return _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed)[0]
 
 
-def _forward(settings, q_BTHK, k_BSGK, v_BSGV):
-    scale, C, T = settings.scale, settings.block_size, q_BTHK.shape[1]
-    winner_BHJT = _choose(settings, q_BTHK, k_BSGK)
-    out_BTHV, lse_BHT, max_BHT = attend(scale, C, q_BTHK, k_BSGK, v_BSGV, **settings.options)
+def _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed):
+    scale, T = settings.scale, q_BTHK.shape[1]
+    own_block, far_block, own_options, far_options = _call(settings, packed, T)
+    far = [_far(settings, x, packed) for x in (k_BSGK, v_BSGV)]
+    winner_BHJT = _choose(settings, q_BTHK, far[0], packed)
+    out_BTHV, lse_BHT, max_BHT = attend(scale, own_block, q_BTHK, k_BSGK, v_BSGV, **own_options)
     max_BH = jnp.max(max_BHT[..., : settings.num_tokens], axis=-1)
 
     def join_chosen(heads, winner_BHJT, out_BTHV, lse_BHT, max_BH):
-        groups = _groups(settings, winner_BHJT)
+        groups = _groups(settings, winner_BHJT, packed)
         q_PK = _gather_queries(q_BTHK, groups.row_P, heads)
-        tables = (heads.first_block(settings.D) + groups.block_Y, groups.used_1)
-        out_PV, lse_P, max_P = attend(scale, C, q_PK, k_BSGK, v_BSGV, *tables, **settings.options)
+        tables = (heads.first_block(settings.table_blocks) + groups.block_Y, groups.used_1)
+        out_PV, lse_P, max_P = attend(scale, far_block, q_PK, *far, *tables, **far_options)
         out_BTHV, lse_BHT = _join(out_BTHV, lse_BHT, out_PV, lse_P, groups.place_BHJT)
         max_BH = jnp.maximum(max_BH, _largest(settings, max_P, groups.row_P, winner_BHJT.shape))
         return out_BTHV, lse_BHT, max_BH
@@ -125,21 +157,22 @@ def _forward(settings, q_BTHK, k_BSGK, v_BSGV):
         own = (out_BTHV, lse_BHT, max_BH)
         out_BTHV, lse_BHT, max_BH = _by_heads(settings, join_chosen, q_BTHK, k_BSGK, winner_BHJT, own, (2, 1, 1))
     lse_BHT = lse_BHT[..., :T]
-    return (out_BTHV, lse_BHT, max_BH, winner_BHJT), (q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, winner_BHJT)
+    saved = (q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, winner_BHJT, packed)
+    return (out_BTHV, lse_BHT, max_BH, winner_BHJT), saved
 
 
 def _backward(settings, saved, cotangents):
-    q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, winner_BHJT = saved
-    scale, C, T = settings.scale, settings.block_size, q_BTHK.shape[1]
+    q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, winner_BHJT, packed = saved
+    scale, T = settings.scale, q_BTHK.shape[1]
+    own_block, far_block, own_options, far_options = _call(settings, packed, T)
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
     _, dout_BTHV, lse_BHT, delta_BHT = own
-    dq_BTHK = rows_gradient(scale, C, *own, k_BSGK, v_BSGV, **settings.options)
-    if not settings.J:
-        return dq_BTHK, *keys_gradient(scale, C, own, k_BSGK, v_BSGV, interpret=settings.interpret)
+    dq_BTHK = rows_gradient(scale, own_block, *own, k_BSGK, v_BSGV, **own_options)
+    far = [_far(settings, x, packed) for x in (k_BSGK, v_BSGV)]
 
     def add_chosen(heads, winner_BHJT, dq_BTHK, dk_BSGK, dv_BSGV):
         del dk_BSGK, dv_BSGV  # All of these is computed here.
-        groups = _groups(settings, winner_BHJT)
+        groups = _groups(settings, winner_BHJT, packed)
         row_P = jnp.where(groups.row_P < 0, 0, heads.first_query(q_BTHK) + groups.row_P)
         chosen = (
             _gather_queries(q_BTHK, groups.row_P, heads),
@@ -147,18 +180,35 @@ def _backward(settings, saved, cotangents):
             jnp.where(groups.row_P < 0, jnp.inf, lse_BHT.reshape(-1)[row_P]),  # probability 0 at empty places
             delta_BHT.reshape(-1)[row_P],
         )
-        tables = (heads.first_block(settings.D) + groups.block_Y, groups.used_1)
-        dq_PK = rows_gradient(scale, C, *chosen, k_BSGK, v_BSGV, *tables, **settings.options)
+        tables = (heads.first_block(settings.table_blocks) + groups.block_Y, groups.used_1)
+        dq_PK = rows_gradient(scale, far_block, *chosen, *far, *tables, **far_options)
         sum_BTHK = dq_BTHK.astype(jnp.float32)
         for j in range(settings.J):
             sum_BTHK += _gather(dq_PK, _per_query(groups.place_BHJT, j, T))
-        keys = keys_gradient(
-            scale, C, own, k_BSGK, v_BSGV, chosen, groups.span_Z2, heads=heads, interpret=settings.interpret
-        )
+        together = own if packed is None else None
+        options = {"heads": heads, "interpret": settings.interpret}
+        keys = keys_gradient(scale, far_block, together, *far, chosen, groups.span_Z2, **options)
         return sum_BTHK.astype(dq_BTHK.dtype), *keys
 
-    gradients = (dq_BTHK, jnp.zeros_like(k_BSGK), jnp.zeros_like(v_BSGV))
-    return _by_heads(settings, add_chosen, q_BTHK, k_BSGK, winner_BHJT, gradients, (2, 2, 2))
+    gradients = (dq_BTHK, *map(jnp.zeros_like, far))
+    if settings.J:
+        gradients = _by_heads(settings, add_chosen, q_BTHK, k_BSGK, winner_BHJT, gradients, (2, 2, 2))
+    if settings.J and packed is None:
+        return *gradients, None
+    options = {name: x for name, x in own_options.items() if name != "num_sms"}
+    keys = keys_gradient(scale, own_block, own, k_BSGK, v_BSGV, **options)
+    if settings.J:
+        keys = [x + _back_from_far(far_x, packed) for x, far_x in zip(keys, gradients[1:], strict=True)]
+    return gradients[0], *keys, None
+
+
+def _call(settings, packed, T):
+    """The block sizes of own and chosen blocks as the kernels see them, and the options of either call."""
+    options = {"num_sms": settings.num_sms, "interpret": settings.interpret}
+    if packed is None:
+        return settings.block_size, settings.block_size, options, options
+    own_options = options | {"starts": packed.starts}
+    return padded(T), padded(settings.block_size), own_options, options | {"num_keys": settings.block_size}
 
 
 _attention.defvjp(_forward, _backward)
@@ -201,24 +251,49 @@ def _by_heads(settings, fn, q_BTHK, k_BSGK, winner_BHJT, results, axes):
 # --- the parts ----------------------------------------------------------------------------------------------------
 
 
-def _choose(settings, q_BTHK, k_BSGK):
-    B, T, H, K = q_BTHK.shape
+def _far(settings, x_BSGE, packed):
+    """Keys or values that may be chosen, every block from a multiple of a tile on."""
+    if packed is None or not settings.J:
+        return x_BSGE
+    B, _, G, E = x_BSGE.shape
+    C = settings.block_size
+    position_BNC = packed.start_BN[..., None] + jnp.arange(C)
+    x_BNCGE = jax.vmap(lambda x_SGE, position_NC: x_SGE[position_NC])(x_BSGE, position_BNC)
+    x_BNCGE = jnp.pad(x_BNCGE, ((0, 0), (0, 0), (0, padded(C) - C), (0, 0), (0, 0)))
+    return x_BNCGE.reshape(B, settings.table_blocks * padded(C), G, E)
+
+
+def _back_from_far(x_BSGE, packed):
+    """The transpose of `_far`: a key lies in one block at most, so nothing is added."""
+    return jax.vmap(lambda x_SGE, place_S: x_SGE.at[place_S].get(mode="fill", fill_value=0))(x_BSGE, packed.place_BS)
+
+
+def _choose(settings, q_BTHK, far_BSGK, packed):
+    B, T, H = q_BTHK.shape[:3]
     if not settings.J:
         return jnp.zeros((B, H, 0, padded(T)), jnp.int32)
-    # The last block is nobody's earlier block, so whether it is complete makes no difference.
-    whole_BSGK = jnp.pad(k_BSGK, ((0, 0), (0, settings.D * settings.block_size - T), (0, 0), (0, 0)))
-    mean_BDGK = jnp.mean(whole_BSGK.reshape(B, settings.D, settings.block_size, -1, K), axis=2, dtype=jnp.float32)
+    C, N = settings.block_size, settings.table_blocks
+    if packed is None:
+        first_BT = jnp.zeros((B, T), jnp.int32)
+        end_BT = first_BT + jnp.arange(T, dtype=jnp.int32) // C
+        # The last block is nobody's earlier block, so whether it is complete makes no difference.
+        far_BSGK = jnp.pad(far_BSGK, ((0, 0), (0, N * C - T), (0, 0), (0, 0)))
+    else:
+        first_BT, end_BT = packed.first_BT, packed.end_BT
+    mean_BNGK = jnp.mean(far_BSGK.reshape(B, N, -1, *far_BSGK.shape[2:])[:, :, :C], axis=2, dtype=jnp.float32)
     # Rounded, as the official code does before the product.
-    mean_BDGK = mean_BDGK.astype(k_BSGK.dtype)
-    winner_BHJT = choose_blocks_sm90(q_BTHK, mean_BDGK, settings.J, block_size=settings.block_size, **settings.options)
+    mean_BNGK = mean_BNGK.astype(far_BSGK.dtype)
+    options = {"num_sms": settings.num_sms, "interpret": settings.interpret}
+    winner_BHJT = choose_blocks_sm90(q_BTHK, mean_BNGK, settings.J, first_BT, end_BT, **options)
     return jnp.where(jnp.arange(winner_BHJT.shape[-1]) < settings.num_tokens, winner_BHJT, -1)
 
 
-def _groups(settings, winner_BHJT):
+def _groups(settings, winner_BHJT, packed):
     B, H, J, T = winner_BHJT.shape
-    pairs = B * H * sum(min(J, n) * min(settings.block_size, T - n * settings.block_size) for n in range(settings.D))
-    tiles = num_tiles(pairs, B * H // settings.R * settings.D, TILE)
-    return group(winner_BHJT, settings.R, settings.D, TILE, tiles)
+    C, D = settings.block_size, settings.table_blocks
+    pairs = J * T if packed is not None else sum(min(J, n) * min(C, T - n * C) for n in range(D))
+    tiles = num_tiles(B * H * pairs, B * H // settings.R * D, TILE)
+    return group(winner_BHJT, settings.R, D, TILE, tiles)
 
 
 def _join(out_BTHV, lse_BHT, out_PV, lse_P, place_BHJT):
