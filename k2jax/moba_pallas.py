@@ -14,7 +14,7 @@ import math
 import jax.numpy as jnp
 
 from k2jax.kernels.attention import IMPLEMENTATIONS as FULL_ATTENTION
-from k2jax.kernels.attention import MEASURED_HEAD_SIZES, cannot_run_sm90, check_shapes
+from k2jax.kernels.attention import cannot_run_sm90, check_shapes, unmeasured
 from k2jax.kernels.attention import choose as choose_full_attention
 from k2jax.kernels.moba import reference, sm90, xla
 from k2jax.kernels.moba.blocks import Attended, Residuals
@@ -83,7 +83,7 @@ def moba_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = {"block_size": block_size, "top_k": top_k, "scale": scale}
     if implementation is None:
-        implementation, why = _choose(q, k, v, **call, q_offset=q_offset)
+        implementation, why = _choose(q, k, v, segment_ids, **call, q_offset=q_offset)
         _log_choice(implementation, why, q.shape, k.shape, block_size, top_k)
     elif implementation == "sm90":
         reason = _cannot_run_sm90(q, k, v, **call, q_offset=q_offset)
@@ -109,7 +109,7 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
     call = {"block_size": block_size, "top_k": top_k, "scale": 1.0, "q_offset": q_offset}
     why = "named by the caller"
     if implementation is None:
-        implementation, why = _choose(q, k, v, **call)
+        implementation, why = _choose(q, k, v, segment_ids, **call)
     elif implementation == "sm90" and (reason := _cannot_run_sm90(q, k, v, **call)):
         why = f"named by the caller, but it cannot run: {reason}"
     _implementation(implementation)
@@ -130,12 +130,12 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
     )
 
 
-def _choose(q, k, v, *, block_size, top_k, scale, q_offset):
+def _choose(q, k, v, segment_ids, *, block_size, top_k, scale, q_offset):
     """The implementation None stands for, and the reason."""
     T = q.shape[1]
     if isinstance(q_offset, int) and q_offset + T <= block_size * top_k:
-        not_sm90 = cannot_run_sm90(q, k, v, scale, q_offset)
-        full, _ = choose_full_attention(q.shape, k.shape, v.shape, not_sm90)
+        not_sm90 = cannot_run_sm90(q, k, v, scale, q_offset) or unmeasured(q, v, segment_ids)
+        full, _ = choose_full_attention(q.shape, k.shape, not_sm90)
         same = f"{q_offset + T} tokens fit in top_k * block_size = {block_size * top_k}: the same function"
         return f"full-{full}", same
     if block_size > T:
@@ -144,9 +144,9 @@ def _choose(q, k, v, *, block_size, top_k, scale, q_offset):
             f"{T} queries are fewer than one block of {block_size}: T x S memory is the smaller one",
         )
     call = {"block_size": block_size, "top_k": top_k, "scale": scale, "q_offset": q_offset}
-    not_sm90, sizes = _cannot_run_sm90(q, k, v, **call), (q.shape[3], v.shape[3])
-    if not not_sm90 and sizes not in MEASURED_HEAD_SIZES:
-        not_sm90 = f"heads of sizes {sizes} have not been measured on a GPU; name 'sm90' to take it"
+    not_sm90 = _cannot_run_sm90(q, k, v, **call) or unmeasured(q, v, segment_ids)
+    if not not_sm90 and block_size % 128:
+        not_sm90 = f"blocks of {block_size} keys have not been measured on a GPU; name 'sm90' to take it"
     if not_sm90:
         return "xla", f"its memory grows with S * top_k; not 'sm90': {not_sm90}"
     return "sm90", "a Hopper GPU, and a call that its kernels take"

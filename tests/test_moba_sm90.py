@@ -102,8 +102,8 @@ name = sys.argv[1]
 print(json.dumps(attend(ATTENDS[name]) if name in ATTENDS else gate(GATES[name])))
 """
 
-# batch, tokens, query heads, key heads, sizes of keys and values, block size (None: full attention), top_k, type, PAIRS,
-# ends of documents
+# batch, tokens, query heads, key heads, sizes of keys and values, block size (None: full attention), top_k, type,
+# PAIRS, ends of documents
 ATTENDS = {
     "a tile and a half, grouped heads": (1, 300, 2, 1, 128, 128, 128, 2, "bfloat16", 2**22),
     "heads in steps, an odd length": (2, 301, 4, 2, 64, 64, 128, 3, "bfloat16", 900),
@@ -267,9 +267,12 @@ def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch):
     unmeasured = plan(*call(K=192))
     assert unmeasured.startswith("implementation: xla")
     assert "heads of sizes (192, 128) have not been measured on a GPU; name 'sm90'" in unmeasured
-    choice, _ = moba_pallas._choose(*call(), block_size=128, top_k=3, scale=1.0, q_offset=jnp.zeros(1, jnp.int32))
+    assert "packed documents have not been measured" in plan(*call(), segment_ids=jnp.zeros((1, 2048), jnp.int32))
+    assert "blocks of 200 keys have not been measured" in moba_attention_plan(*call(), block_size=200, top_k=3)
+    offset = jnp.zeros(1, jnp.int32)
+    choice, _ = moba_pallas._choose(*call(), None, block_size=128, top_k=3, scale=1.0, q_offset=offset)
     assert choice == "xla"
-    assert attention_room.choose((1, 2048, 2, 128), (1, 2048, 2, 128), (1, 2048, 2, 128), None)[0] == "sm90"
+    assert attention_room.choose((1, 2048, 2, 128), (1, 2048, 2, 128), None)[0] == "sm90"
 
 
 def test_without_a_hopper_gpu_the_name_is_refused_with_the_reason():

@@ -19,7 +19,7 @@ REFERENCE_MAX_PAIRS = 2**17
 
 IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "sm90": sm90.attention}
 
-# Of the sizes that the Hopper kernels are built for, what None takes: those that have been measured on a GPU.
+# Of what the Hopper kernels are built for, None takes what has been measured on a GPU: these sizes, and one document.
 MEASURED_HEAD_SIZES = ((128, 128),)
 
 
@@ -60,7 +60,8 @@ def attention(
     check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset)
     reason = cannot_run_sm90(q_BTHK, k_BSGK, v_BSGV, scale, q_offset)
     if implementation is None:
-        implementation, why = choose(q_BTHK.shape, k_BSGK.shape, v_BSGV.shape, reason)
+        not_sm90 = reason or unmeasured(q_BTHK, v_BSGV, segment_ids)
+        implementation, why = choose(q_BTHK.shape, k_BSGK.shape, not_sm90)
         _log_choice(implementation, why, q_BTHK.shape, k_BSGK.shape)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {sorted(IMPLEMENTATIONS)}")
@@ -74,17 +75,24 @@ def attention(
     return (attended.out_BTHV, attended.max_logit_BH) if max_logits else attended.out_BTHV
 
 
-def choose(q_shape, k_shape, v_shape, not_sm90: str | None) -> tuple[str, str]:
+def choose(q_shape, k_shape, not_sm90: str | None) -> tuple[str, str]:
     """The implementation None stands for, and the reason. not_sm90: why the Hopper kernels cannot run, or None."""
     pairs = q_shape[1] * k_shape[1]
     if pairs <= REFERENCE_MAX_PAIRS:
         return "reference", f"{pairs} pairs of queries and keys are at most {REFERENCE_MAX_PAIRS}"
-    sizes = (q_shape[3], v_shape[3])
-    if not not_sm90 and sizes not in MEASURED_HEAD_SIZES:
-        not_sm90 = f"heads of sizes {sizes} have not been measured on a GPU; name 'sm90' to take it"
-    return (
-        ("xla", f"not 'sm90': {not_sm90}") if not_sm90 else ("sm90", "a Hopper GPU, and a call that its kernels take")
-    )
+    if not_sm90:
+        return "xla", f"not 'sm90': {not_sm90}"
+    return "sm90", "a Hopper GPU, and a call that its kernels take"
+
+
+def unmeasured(q_BTHK, v_BSGV, segment_ids) -> str | None:
+    """What of this call the Hopper kernels have not been measured with on a GPU, or None."""
+    sizes = (q_BTHK.shape[3], v_BSGV.shape[3])
+    if sizes not in MEASURED_HEAD_SIZES:
+        return f"heads of sizes {sizes} have not been measured on a GPU; name 'sm90' to take it"
+    if segment_ids is not None:
+        return "packed documents have not been measured on a GPU; name 'sm90' to take it"
+    return None
 
 
 def cannot_run_sm90(q_BTHK, k_BSGK, v_BSGV, scale, q_offset) -> str | None:

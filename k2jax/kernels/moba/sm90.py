@@ -81,7 +81,7 @@ def moba_attention(
 
 
 class Packed(NamedTuple):
-    """Where blocks begin anywhere: chosen ones are copied to where kernels can read them, own ones begin by `starts`."""
+    """Where blocks begin anywhere: chosen ones are copied to where kernels read them, own ones begin by `starts`."""
 
     start_BN: jax.Array  # of each block that may be chosen
     first_BT: jax.Array  # the candidates of each query: from this block on
