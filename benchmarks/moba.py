@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from benchmarks import record
 from k2jax.kernels.attention.keys_gradient_sm90 import KeyHeads, keys_gradient
-from k2jax.kernels.attention.reference import masked_attention
+from k2jax.kernels.attention.reference import causal_mask, masked_attention, query_positions
 from k2jax.kernels.attention.tiles_sm90 import attend, rows_gradient
 from k2jax.kernels.moba import reference, sm90
 from k2jax.kernels.moba.blocks import layout
@@ -73,10 +73,10 @@ def kernels(q, k, v, **settings):
     return tuple(sm90.moba_attention(q, k, v, scale=SCALE, **settings))
 
 
-def as_selected(q, k, v, selected_BHTJ, block_id_BS, scale=SCALE):
+def as_selected(q, k, v, selected_BHTJ, block_id_BS, scale=SCALE, q_offset=0):
     """The definition with T x S arrays, for a choice already made."""
     mask_BHTS = (selected_BHTJ[..., None] == block_id_BS[:, None, None, None]).any(axis=-2)
-    mask_BTHS = mask_BHTS.swapaxes(1, 2) & (jnp.arange(k.shape[1]) <= jnp.arange(q.shape[1])[:, None])[:, None]
+    mask_BTHS = mask_BHTS.swapaxes(1, 2) & causal_mask(query_positions(q, q_offset), k.shape[1])[:, :, None]
     out, lse, max_logit = masked_attention(q, k, v, mask_BTHS, scale)
     return out, (lse, max_logit)
 

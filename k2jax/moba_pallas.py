@@ -83,10 +83,10 @@ def moba_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = {"block_size": block_size, "top_k": top_k, "scale": scale}
     if implementation is None:
-        implementation, why = _choose(q, k, v, segment_ids, **call, q_offset=q_offset)
+        implementation, why = _choose(q, k, v, segment_ids, q_offset, **call)
         _log_choice(implementation, why, q.shape, k.shape, block_size, top_k)
     elif implementation == "sm90":
-        reason = _cannot_run_sm90(q, k, v, **call, q_offset=q_offset)
+        reason = _cannot_run_sm90(q, k, v, **call)
         if reason:
             raise ValueError(f"implementation='sm90' cannot run: {reason}")
     attend = functools.partial(_implementation(implementation), **call)
@@ -106,10 +106,10 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
     backward beyond the inputs and outputs, in MiB.
     """
     check_shapes(q, k, v, segment_ids, q_offset)
-    call = {"block_size": block_size, "top_k": top_k, "scale": 1.0, "q_offset": q_offset}
+    call = {"block_size": block_size, "top_k": top_k, "scale": 1.0}
     why = "named by the caller"
     if implementation is None:
-        implementation, why = _choose(q, k, v, segment_ids, **call)
+        implementation, why = _choose(q, k, v, segment_ids, q_offset, **call)
     elif implementation == "sm90" and (reason := _cannot_run_sm90(q, k, v, **call)):
         why = f"named by the caller, but it cannot run: {reason}"
     _implementation(implementation)
@@ -130,11 +130,11 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
     )
 
 
-def _choose(q, k, v, segment_ids, *, block_size, top_k, scale, q_offset):
+def _choose(q, k, v, segment_ids, q_offset, *, block_size, top_k, scale):
     """The implementation None stands for, and the reason."""
     T = q.shape[1]
     if isinstance(q_offset, int) and q_offset + T <= block_size * top_k:
-        not_sm90 = cannot_run_sm90(q, k, v, scale, q_offset) or unmeasured(q, v, segment_ids)
+        not_sm90 = cannot_run_sm90(q, v, scale) or unmeasured(q, k, v, segment_ids, q_offset)
         full, _ = choose_full_attention(q.shape, k.shape, not_sm90)
         same = f"{q_offset + T} tokens fit in top_k * block_size = {block_size * top_k}: the same function"
         return f"full-{full}", same
@@ -143,8 +143,8 @@ def _choose(q, k, v, segment_ids, *, block_size, top_k, scale, q_offset):
             "reference",
             f"{T} queries are fewer than one block of {block_size}: T x S memory is the smaller one",
         )
-    call = {"block_size": block_size, "top_k": top_k, "scale": scale, "q_offset": q_offset}
-    not_sm90 = _cannot_run_sm90(q, k, v, **call) or unmeasured(q, v, segment_ids)
+    call = {"block_size": block_size, "top_k": top_k, "scale": scale}
+    not_sm90 = _cannot_run_sm90(q, k, v, **call) or unmeasured(q, k, v, segment_ids, q_offset)
     if not not_sm90 and block_size % 128:
         not_sm90 = f"blocks of {block_size} keys have not been measured on a GPU; name 'sm90' to take it"
     if not_sm90:
@@ -152,11 +152,10 @@ def _choose(q, k, v, segment_ids, *, block_size, top_k, scale, q_offset):
     return "sm90", "a Hopper GPU, and a call that its kernels take"
 
 
-def _cannot_run_sm90(q, k, v, *, block_size, top_k, scale, q_offset):
-    reason = cannot_run_sm90(q, k, v, scale, q_offset)
-    return reason or sm90.refusal(
-        q.shape, k.shape, v.shape, q.dtype, block_size=block_size, top_k=top_k, scale=scale, q_offset=q_offset
-    )
+def _cannot_run_sm90(q, k, v, *, block_size, top_k, scale):
+    shapes = (q.shape, k.shape, v.shape)
+    reason = cannot_run_sm90(q, v, scale)
+    return reason or sm90.refusal(*shapes, q.dtype, block_size=block_size, top_k=top_k, scale=scale)
 
 
 def _implementation(name):

@@ -30,11 +30,12 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from benchmarks.moba import as_selected, with_gradients
 from k2jax.kernels.attention import sm90 as full
+from k2jax.kernels.attention.reference import query_positions
 from k2jax.kernels.moba import reference, sm90
 from k2jax.kernels.moba.blocks import choose, layout
 from k2jax.kernels.moba.gate_sm90 import choose_blocks_sm90
 from tests import gpu_interpreter
-from tests.test_moba_sm90 import ATTENDS, GATES
+from tests.test_moba_sm90 import ATTENDS, GATES, QUERIES
 
 gpu_interpreter.patch()
 interpret = plgpu.InterpretGPUParams(detect_races=True)
@@ -44,6 +45,7 @@ def random(seed, *shape):
 
 def attend(case):
     B, T, H, G, K, V, C, k, dtype, pairs, *ends = case
+    k_length = T
     segments = None
     if ends:  # Every batch row a little longer documents.
         rows = [jnp.searchsorted(jnp.array(ends) + 3 * b, jnp.arange(T), side="right") for b in range(B)]
@@ -51,11 +53,18 @@ def attend(case):
     sm90.PAIRS = pairs
     shapes = ((B, T, H, K), (B, T, G, K), (B, T, G, V), (B, T, H, V))
     arrays = [random(i, *shape).astype(dtype) for i, shape in enumerate(shapes)]
+    q_offset = 0
+    if name in QUERIES:
+        T, q_offset = QUERIES[name]
+        q_offset = q_offset if isinstance(q_offset, int) else jnp.array(q_offset)
+        arrays[0], arrays[3] = arrays[0][:, :T], arrays[3][:, :T]
+    positions = jnp.broadcast_to(query_positions(arrays[0], q_offset), (B, T))
     scale = K**-0.5
-    settings = {"block_size": C, "top_k": k, "scale": scale, "segment_ids": segments}
+    settings = {"block_size": C, "top_k": k, "scale": scale, "segment_ids": segments, "q_offset": q_offset}
     def run(q, k_, v):
         if C is None:
-            options = {"scale": scale, "segment_ids": segments, "num_sms": 3, "interpret": interpret}
+            options = {n: settings[n] for n in ("scale", "segment_ids", "q_offset")}
+            options |= {"num_sms": 3, "interpret": interpret}
             out, lse, largest = full.attention(q, k_, v, **options)
             return out, (lse, largest, None)
         options = settings | {"num_sms": 3, "interpret": interpret}
@@ -64,15 +73,16 @@ def attend(case):
         got = with_gradients(run, *arrays)
         jax.block_until_ready(got)
     if C is None:
-        block_id = jnp.zeros((B, T), jnp.int32) if segments is None else segments
-        selected, agree = jnp.broadcast_to(block_id[:, None, :, None], (B, H, T, 1)), 1.0
+        block_id = jnp.zeros((B, k_length), jnp.int32) if segments is None else segments
+        own = jnp.take_along_axis(block_id, positions, axis=1)
+        selected, agree = jnp.broadcast_to(own[:, None, :, None], (B, H, T, 1)), 1.0
     else:
         selected = got[1].selected_BHTJ
-        block_id = layout(segments, T, C).block_id_BS
+        block_id = layout(segments, k_length, C).block_id_BS
         definition = reference.moba_attention(*arrays[:3], **settings)
         agree = float((selected == definition.residuals.selected_BHTJ).mean())
     def plain(*qkv):
-        return as_selected(*qkv, selected, block_id, scale)
+        return as_selected(*qkv, selected, block_id, scale, q_offset)
     rounded, exact = with_gradients(plain, *arrays), with_gradients(plain, *(x.astype(jnp.float32) for x in arrays))
     def error(x, right):
         return float(jnp.linalg.norm(x.astype(jnp.float32) - right) / jnp.linalg.norm(right))
@@ -117,8 +127,17 @@ ATTENDS = {
     "blocks of 100": (1, 560, 2, 1, 64, 64, 100, 3, "bfloat16", 900),
     "blocks of 200 in documents": (1, 900, 1, 1, 128, 128, 200, 2, "float16", 2**22, 450),
     "full, packed documents": (2, 601, 2, 1, 64, 64, None, None, "bfloat16", None, 37, 290, 300, 301),
+    "a chunk of the queries": (2, 620, 2, 1, 64, 64, 128, 3, "bfloat16", 2**22),
+    "a chunk of the queries of documents": (2, 620, 2, 1, 64, 64, 100, 2, "bfloat16", 900, 180, 400),
+    "full, a chunk of the queries": (2, 620, 2, 1, 64, 64, None, None, "bfloat16", None, 300),
     "full": (2, 301, 4, 2, 64, 64, None, None, "bfloat16", None),
     "full MLA": (1, 200, 2, 2, 192, 128, None, None, "float16", None),
+}
+# How many queries, and where they begin.
+QUERIES = {
+    "a chunk of the queries": (204, 411),
+    "a chunk of the queries of documents": (204, [17, 411]),
+    "full, a chunk of the queries": (300, [10, 320]),
 }
 QUICK = {"a tile and a half, grouped heads", "full", "packed documents"}
 
@@ -233,11 +252,10 @@ def call(**changes):
 
 REFUSED = [
     ({"dtype": jnp.float32}, {}, "q, k and v are float32"),
-    ({"T": 64, "S": 64}, {"top_k": 1}, "64 keys are fewer than a tile of 128"),
+    ({"T": 64, "S": 64}, {"top_k": 1}, "64 queries are fewer than a tile of 128"),
     ({"K": 96}, {}, r"heads of sizes \(96, 128\): built are"),
     ({}, {"block_size": 48}, "block_size=48 is less than 64"),
     ({"T": 4096, "S": 4096}, {"top_k": 17}, "top_k=17 is more than 16"),
-    ({"T": 1024}, {"q_offset": 1024}, "1024 queries at q_offset=1024 of 2048 keys: only whole sequences"),
     ({}, {"scale": -1.0}, "scale=-1.0 is not positive"),
 ]
 
@@ -270,8 +288,9 @@ def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch):
     assert "packed documents have not been measured" in plan(*call(), segment_ids=jnp.zeros((1, 2048), jnp.int32))
     assert "blocks of 200 keys have not been measured" in moba_attention_plan(*call(), block_size=200, top_k=3)
     offset = jnp.zeros(1, jnp.int32)
-    choice, _ = moba_pallas._choose(*call(), None, block_size=128, top_k=3, scale=1.0, q_offset=offset)
+    choice, why = moba_pallas._choose(*call(), None, offset, block_size=128, top_k=3, scale=1.0)
     assert choice == "xla"
+    assert "queries of a part of the sequence have not been measured" in why
     assert attention_room.choose((1, 2048, 2, 128), (1, 2048, 2, 128), None)[0] == "sm90"
 
 

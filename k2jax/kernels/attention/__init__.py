@@ -58,9 +58,9 @@ def attention(
     follows Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (arXiv 2112.05682).
     """
     check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset)
-    reason = cannot_run_sm90(q_BTHK, k_BSGK, v_BSGV, scale, q_offset)
+    reason = cannot_run_sm90(q_BTHK, v_BSGV, scale)
     if implementation is None:
-        not_sm90 = reason or unmeasured(q_BTHK, v_BSGV, segment_ids)
+        not_sm90 = reason or unmeasured(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset)
         implementation, why = choose(q_BTHK.shape, k_BSGK.shape, not_sm90)
         _log_choice(implementation, why, q_BTHK.shape, k_BSGK.shape)
     if implementation not in IMPLEMENTATIONS:
@@ -85,24 +85,21 @@ def choose(q_shape, k_shape, not_sm90: str | None) -> tuple[str, str]:
     return "sm90", "a Hopper GPU, and a call that its kernels take"
 
 
-def unmeasured(q_BTHK, v_BSGV, segment_ids) -> str | None:
+def unmeasured(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset) -> str | None:
     """What of this call the Hopper kernels have not been measured with on a GPU, or None."""
-    sizes = (q_BTHK.shape[3], v_BSGV.shape[3])
+    sizes, what = (q_BTHK.shape[3], v_BSGV.shape[3]), None
     if sizes not in MEASURED_HEAD_SIZES:
-        return f"heads of sizes {sizes} have not been measured on a GPU; name 'sm90' to take it"
-    if segment_ids is not None:
-        return "packed documents have not been measured on a GPU; name 'sm90' to take it"
-    return None
+        what = f"heads of sizes {sizes}"
+    elif segment_ids is not None:
+        what = "packed documents"
+    elif sm90.needs_positions(q_BTHK.shape[1], k_BSGK.shape[1], q_offset) or "T" in mesh_axes({"q_BTHK": q_BTHK}):
+        what = "queries of a part of the sequence"
+    return what and f"{what} have not been measured on a GPU; name 'sm90' to take it"
 
 
-def cannot_run_sm90(q_BTHK, k_BSGK, v_BSGV, scale, q_offset) -> str | None:
+def cannot_run_sm90(q_BTHK, v_BSGV, scale) -> str | None:
     """Why the Hopper kernels cannot compute this call of full attention here, or None."""
-    if reason := not_hopper():
-        return reason
-    if "T" in mesh_axes({"q_BTHK": q_BTHK}):
-        return "queries that are cut over a mesh are not built"
-    shapes = (q_BTHK.shape, k_BSGK.shape, v_BSGV.shape)
-    return sm90.refusal(*shapes, q_BTHK.dtype, scale=scale, q_offset=q_offset)
+    return not_hopper() or sm90.refusal(q_BTHK.shape, v_BSGV.shape, q_BTHK.dtype, scale=scale)
 
 
 def check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset):

@@ -76,7 +76,7 @@ def keys_gradient(
     first_2 = jnp.stack([jnp.asarray(start, jnp.int32) for start in (heads.batch, heads.head)])
     arrays = {
         "own": own,
-        "starts": starts if starts is None else (starts.start_BT, _reach(starts.start_BT, S)),
+        "starts": starts if starts is None else (starts.start_BT, _reach(starts, S)),
         "chosen": chosen if chosen is None else (*chosen, span_Z2),
     }
     arrays = {name: tuple(given) for name, given in arrays.items() if given is not None}
@@ -107,11 +107,22 @@ def keys_gradient(
     return kernel(first_2, k_BSGK, v_BSGV, *itertools.chain(*arrays.values()))
 
 
-def _reach(start_BT, num_keys):
-    """int32 [B, units, 2]: the first row that does not see a unit's first key any more, and its last key."""
+def _reach(starts, num_keys):
+    """Which own rows read a unit's keys, int32 [B, units, 5].
+
+    The first row, a multiple of 64; its position behind the unit's first key; and steps of 64 rows: all, the first one
+    with rows behind the unit's last key alone, the first one after it with rows that begin behind its first key.
+    """
     key_U = jnp.arange(0, num_keys, UNIT, dtype=jnp.int32)
     behind = jax.vmap(lambda start_T, key: jnp.searchsorted(start_T, key, side="right"), (0, None))
-    return jnp.stack([behind(start_BT, key_U), behind(start_BT, key_U + (UNIT - 1))], axis=-1).astype(jnp.int32)
+    begins_behind_first_BU, begins_behind_last_BU = (behind(starts.start_BT, key_U + i) for i in (0, UNIT - 1))
+    row_BU = jnp.maximum(key_U - starts.position_B[:, None], 0) // ROWS * ROWS
+    position_BU = starts.position_B[:, None] + row_BU - key_U
+    steps_BU = jnp.maximum(-(-(begins_behind_last_BU - row_BU) // ROWS), 0)
+    clear_from_BU = jnp.clip(-((position_BU - (UNIT - 1)) // ROWS), 0, steps_BU)
+    clear_to_BU = jnp.clip((begins_behind_first_BU - row_BU) // ROWS, clear_from_BU, steps_BU)
+    reach = (row_BU, position_BU, steps_BU, clear_from_BU, clear_to_BU)
+    return jnp.stack(jnp.broadcast_arrays(*reach), axis=-1).astype(jnp.int32)
 
 
 class _Unit:
@@ -125,15 +136,15 @@ class _Unit:
         self.start = lax.axis_index("unit") * UNIT
         block = lax.div(self.start, jnp.int32(block_size))
         self.num_own_heads = 0 if own is None else own[0].shape[2] // G
-        # Own rows before the unit's first key see none of its keys; from its last key on, they see all of them.
-        end = clear_end = jnp.minimum((block + 1) * block_size, S)
-        if starts is not None:
-            clear_end, end = (starts[1][self.batch, lax.axis_index("unit"), i] for i in range(2))
-        self.own_steps = lax.div(end - self.start + (ROWS - 1), jnp.int32(ROWS))
-        self.clear_from = jnp.minimum(UNIT // ROWS, self.own_steps)
-        self.clear_to = self.own_steps
-        if starts is not None:
-            self.clear_to = jnp.maximum(lax.div(clear_end - self.start, jnp.int32(ROWS)), self.clear_from)
+        if starts is None:
+            # Own rows before the unit's first key see none of its keys; from its last key on, they see all of them.
+            end = jnp.minimum((block + 1) * block_size, S)
+            self.own_start, self.position = self.start, jnp.int32(0)
+            self.own_steps = self.clear_to = lax.div(end - self.start + (ROWS - 1), jnp.int32(ROWS))
+            self.clear_from = jnp.minimum(UNIT // ROWS, self.own_steps)
+        else:
+            reach = (starts[1][self.batch, lax.axis_index("unit"), i] for i in range(5))
+            self.own_start, self.position, self.own_steps, self.clear_from, self.clear_to = reach
         self.chosen_start, self.chosen_steps = jnp.int32(0), jnp.int32(0)
         if chosen is not None:
             span, span_Z2 = lax.axis_index("head") * -(-S // block_size) + block, chosen[-1]
@@ -151,7 +162,7 @@ class _Unit:
         return array.at[pl.ds(self.chosen_start + step * ROWS, ROWS)]
 
     def own_rows_of(self, array, step, r):
-        rows, head = pl.ds(self.start + step * ROWS, ROWS), self.key_head * self.num_own_heads + r
+        rows, head = pl.ds(self.own_start + step * ROWS, ROWS), self.key_head * self.num_own_heads + r
         places = {4: (self.batch, rows, head), 3: (self.batch, head, rows), 2: (self.batch, rows)}
         return array.at[places[len(array.shape)]]
 
@@ -217,7 +228,7 @@ def _kernel(
 def _seen_by(unit, wg, start_RQ, shape, step, slot):
     """Whether each key of a warpgroup is seen by each own row of a step."""
     key_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + wg * KEYS
-    row_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + step * ROWS
+    row_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + (unit.position + step * ROWS)
     seen_NQ = row_NQ >= key_NQ  # both from the unit's first key on
     if start_RQ is None:
         return seen_NQ

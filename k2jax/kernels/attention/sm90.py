@@ -10,21 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
-from k2jax.kernels.attention.reference import Attended
+from k2jax.kernels.attention.reference import Attended, query_positions
 from k2jax.kernels.attention.tiles_sm90 import DTYPES, HEAD_SIZES, TILE, attend, padded, rows_gradient, starts_of
 
 
-def refusal(q_shape, k_shape, v_shape, dtype, *, scale, q_offset) -> str | None:
+def refusal(q_shape, v_shape, dtype, *, scale) -> str | None:
     """Why these kernels cannot compute this call, or None."""
-    T, S, sizes = q_shape[1], k_shape[1], (q_shape[3], v_shape[3])
+    T, sizes = q_shape[1], (q_shape[3], v_shape[3])
     if jnp.dtype(dtype).name not in DTYPES:
         return f"q, k and v are {dtype}, and the kernels take {DTYPES}"
     if sizes not in HEAD_SIZES:
         return f"heads of sizes {sizes}: built are {HEAD_SIZES}"
-    if S < TILE:
-        return f"{S} keys are fewer than a tile of {TILE}"
-    if T != S or not isinstance(q_offset, int) or q_offset != 0:
-        return f"{T} queries at q_offset={q_offset} of {S} keys: only whole sequences are built"
+    if T < TILE:
+        return f"{T} queries are fewer than a tile of {TILE}"
     if scale <= 0:
         return f"scale={scale} is not positive"
     return None
@@ -37,13 +35,15 @@ def attention(q_BTHK, k_BSGK, v_BSGV, *, scale, segment_ids=None, q_offset=0, nu
 
     Raises ValueError where the kernels cannot do it (`refusal`).
     """
-    shapes = (q_BTHK.shape, k_BSGK.shape, v_BSGV.shape)
-    reason = refusal(*shapes, q_BTHK.dtype, scale=scale, q_offset=q_offset)
+    reason = refusal(q_BTHK.shape, v_BSGV.shape, q_BTHK.dtype, scale=scale)
     if reason:
         raise ValueError(reason)
-    T = q_BTHK.shape[1]
+    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
     q_BTHK, k_BSGK, v_BSGV = (whole_groups(x) for x in (q_BTHK, k_BSGK, v_BSGV))
-    starts = None if segment_ids is None else starts_of(whole_starts(segment_starts(segment_ids), q_BTHK.shape[1]))
+    starts = None
+    if segment_ids is not None or needs_positions(T, S, q_offset):
+        start_BS = jnp.zeros((1, S), jnp.int32) if segment_ids is None else segment_starts(segment_ids)
+        starts = starts_at(start_BS, q_BTHK, T, q_offset)
     settings = (float(scale), T, num_sms, interpret)
     out_BTHV, lse_BHT, max_BH = _attention(settings, q_BTHK, k_BSGK, v_BSGV, starts)
     return Attended(out_BTHV[:, :T], lse_BHT[..., :T], max_BH)
@@ -62,10 +62,23 @@ def segment_starts(segment_ids):
     return jax.lax.cummax(jnp.where(is_first_BT, position_T, 0), axis=1)
 
 
-def whole_starts(start_BT, length):
-    """start_BT up to `length`: what is behind the last token sees itself."""
-    (B, T), behind_T = start_BT.shape, jnp.arange(start_BT.shape[1], length, dtype=jnp.int32)
-    return jnp.concatenate([start_BT, jnp.broadcast_to(behind_T, (B, length - T))], axis=1)
+def needs_positions(T, S, q_offset):
+    """Whether queries do not lie at the keys' positions."""
+    return T != S or not isinstance(q_offset, int) or q_offset != 0
+
+
+def starts_at(start_BS, q_BTHK, num_tokens, q_offset):
+    """`Starts` of queries, of which `num_tokens` are real, from the first key that each position sees, [B or 1, S]."""
+    B, T = q_BTHK.shape[:2]
+    position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset), (B, T))
+    start_BT = at_positions(jnp.broadcast_to(start_BS, (B, start_BS.shape[1])), position_BT)
+    start_BT = jnp.where(jnp.arange(T) < num_tokens, start_BT, position_BT)
+    return starts_of(start_BT, position_BT[:, 0])
+
+
+def at_positions(x_BS, position_BT):
+    """x at each position, the last one for those behind it."""
+    return jnp.take_along_axis(x_BS, jnp.minimum(position_BT, x_BS.shape[1] - 1), axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -78,7 +91,7 @@ def _forward(settings, q_BTHK, k_BSGK, v_BSGV, starts):
     scale, num_tokens, num_sms, interpret = settings
     T = q_BTHK.shape[1]
     options = {"starts": starts, "num_sms": num_sms, "interpret": interpret}
-    out_BTHV, lse_BHT, max_BHT = attend(scale, padded(T), q_BTHK, k_BSGK, v_BSGV, **options)
+    out_BTHV, lse_BHT, max_BHT = attend(scale, padded(k_BSGK.shape[1]), q_BTHK, k_BSGK, v_BSGV, **options)
     lse_BHT = lse_BHT[..., :T]
     saved = (q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, starts)
     return (out_BTHV, lse_BHT, jnp.max(max_BHT[..., :num_tokens], axis=-1)), saved
@@ -88,7 +101,7 @@ def _backward(settings, saved, cotangents):
     scale, _, num_sms, interpret = settings
     q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, starts = saved
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
-    block_size, options = padded(q_BTHK.shape[1]), {"starts": starts, "interpret": interpret}
+    block_size, options = padded(k_BSGK.shape[1]), {"starts": starts, "interpret": interpret}
     dq_BTHK = rows_gradient(scale, block_size, *own, k_BSGK, v_BSGV, num_sms=num_sms, **options)
     return dq_BTHK, *keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, **options), None
 

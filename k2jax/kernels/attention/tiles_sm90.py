@@ -46,18 +46,22 @@ class Starts(NamedTuple):
     """The first key that each query sees, where that is not its block's first one."""
 
     start_BT: jax.Array  # int32, T rounded up to a tile
-    # Of each tile: the key to begin with, a multiple of 128, and the one from which on all of its rows have begun.
-    span_BY2: jax.Array
+    position_B: jax.Array  # of the first query among the keys
+    # Of each tile: the key to begin with, a multiple of 128; the one from which on all of its rows have begun; and the
+    # position of its first row.
+    span_BY3: jax.Array
 
 
-def starts_of(start_BT) -> Starts:
-    """Starts from the first key of each query, int32 [B, T], rising along T."""
+def starts_of(start_BT, position_B) -> Starts:
+    """Starts from the first key of each query, int32 [B, T] and rising along T, and the first query's position."""
     B, T = start_BT.shape
-    behind_BT = jnp.broadcast_to(jnp.arange(T, padded(T), dtype=jnp.int32), (B, padded(T) - T))
+    position_B = jnp.broadcast_to(jnp.asarray(position_B, jnp.int32), (B,))
+    behind_BT = position_B[:, None] + jnp.arange(T, padded(T), dtype=jnp.int32)
     start_BT = jnp.concatenate([start_BT, behind_BT], axis=1)  # What is behind the last query sees itself.
     tile_BYL = start_BT.reshape(B, -1, TILE)
     first_BY, last_BY = tile_BYL[..., 0] // TILE * TILE, -(-tile_BYL[..., -1] // TILE) * TILE
-    return Starts(start_BT, jnp.stack([first_BY, last_BY], axis=-1))
+    row_BY = position_B[:, None] + jnp.arange(0, padded(T), TILE, dtype=jnp.int32)
+    return Starts(start_BT, position_B, jnp.stack([first_BY, last_BY, row_BY], axis=-1))
 
 
 def padded(length: int) -> int:
@@ -78,7 +82,8 @@ def attend(
       k_BSGK, v_BSGV: in the same type; query head h reads key head h // (H // G).
       block_Y, used_1: for q_PK, the block (b * G + g) * D + n of each tile, and how many tiles to compute. The results
         of the others are undefined.
-      starts: for q_BTHK, the first key of every query; `block_size` is then that of one block for all keys.
+      starts: for q_BTHK, the first key of every query, and where they lie if they are not as many as the keys;
+        `block_size` is then that of one block for all keys.
       num_keys: for q_PK, how many of a block's keys there are, from the first one on; None for all.
       num_sms: blocks that run at a time; None asks the default device.
       interpret: `plgpu.InterpretGPUParams()` runs it on a CPU, slowly.
@@ -165,7 +170,7 @@ def _vector_shape(q):
 def _tables(block_Y, used_1, starts):
     """Two tables for `_Work.walk`; where rows read their own block from its start, neither is read."""
     if starts is not None:
-        return starts
+        return starts.start_BT, starts.span_BY3
     return (jnp.zeros(1, jnp.int32),) * 2 if block_Y is None else (block_Y, used_1)
 
 
@@ -205,14 +210,14 @@ class _Work:
 
     def __init__(self, q, k_BSGK, block_size, step, has_starts, num_keys):
         self.num_batch, self.length, self.num_key_heads = k_BSGK.shape[:3]
-        self.num_heads = q.shape[2] if q.ndim == 4 else None  # None: rows that chose their block
+        self.num_rows, self.num_heads = q.shape[1:3] if q.ndim == 4 else (0, None)  # None: rows that chose their block
         self.block_size, self.step, self.has_starts = block_size, step, has_starts
         self.num_keys = block_size if num_keys is None else num_keys
 
     def walk(self, table, table_2, body):
         """body(number here, tile, steps so far) for each tile of ours. All warpgroups count the same."""
         first, stride = lax.axis_index("sm"), lax.axis_size("sm")
-        per_head = padded(self.length) // TILE
+        per_head = padded(self.num_rows) // TILE
         total = table_2[0] if self.num_heads is None else self.num_batch * self.num_heads * per_head
 
         def one(here, so_far):
@@ -226,17 +231,17 @@ class _Work:
 
         lax.fori_loop(0, lax.div(total - first + (stride - 1), jnp.int32(stride)), one, jnp.int32(0))
 
-    def _own(self, number, per_head, start_BT, span_BY2):
+    def _own(self, number, per_head, start_BT, span_BY3):
         head, batch = _divide(number, per_head, self.num_heads)
         # The longest tiles first, so that the last ones to run are short.
         tile = per_head - 1 - lax.rem(number, jnp.int32(per_head))
         first_row, N = tile * TILE, jnp.int32(self.step)
         block = lax.div(first_row, jnp.int32(self.block_size))
         key_head = lax.div(head, jnp.int32(self.num_heads // self.num_key_heads))
-        first_key = block * self.block_size
+        first_key, position = block * self.block_size, first_row
         if start_BT is not None:
-            first_key, all_begun = span_BY2[batch, tile, 0], span_BY2[batch, tile, 1]
-        row = first_row - first_key  # from here on, rows and keys count from the first key
+            first_key, all_begun, position = (span_BY3[batch, tile, i] for i in range(3))
+        row = position - first_key  # from here on, rows and keys count from the first key
 
         def rows_of(array, first, size):
             rows = pl.ds(first_row + first, size)

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.kernels.attention.keys_gradient_sm90 import KeyHeads, keys_gradient
-from k2jax.kernels.attention.sm90 import own_rows, whole_groups, whole_starts
+from k2jax.kernels.attention.reference import query_positions
+from k2jax.kernels.attention.sm90 import at_positions, needs_positions, own_rows, starts_at, whole_groups
 from k2jax.kernels.attention.sm90 import refusal as attention_refusal
-from k2jax.kernels.attention.tiles_sm90 import TILE, Starts, attend, padded, rows_gradient, starts_of
-from k2jax.kernels.moba.blocks import Attended, Residuals, at_positions, layout
+from k2jax.kernels.attention.tiles_sm90 import TILE, Starts, attend, padded, rows_gradient
+from k2jax.kernels.moba.blocks import Attended, Residuals, layout
 from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN, choose_blocks_sm90
 from k2jax.kernels.moba.grouping import group, num_tiles
 from k2jax.kernels.moba.routing import history_blocks
@@ -34,14 +35,14 @@ MIN_BLOCK = 64  # A tile reads 128 keys of a block at a time, what is missing of
 PAIRS = 2**24
 
 
-def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale, q_offset) -> str | None:
+def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale) -> str | None:
     """Why these kernels cannot compute this call, or None."""
-    reason = attention_refusal(q_shape, k_shape, v_shape, dtype, scale=scale, q_offset=q_offset)
+    reason = attention_refusal(q_shape, v_shape, dtype, scale=scale)
     if reason:
         return reason
     if block_size < MIN_BLOCK:
         return f"block_size={block_size} is less than {MIN_BLOCK}"
-    if min(top_k - 1, (q_shape[1] - 1) // block_size) > MAX_CHOSEN:
+    if min(top_k - 1, (k_shape[1] - 1) // block_size) > MAX_CHOSEN:
         return f"top_k={top_k} is more than {MAX_CHOSEN + 1}"
     return None
 
@@ -53,23 +54,25 @@ def moba_attention(
 
     Raises ValueError where the kernels cannot do it (`refusal`).
     """
-    (B, T, H, _), G = q_BTHK.shape, k_BSGK.shape[2]
+    (B, T, H, _), (S, G) = q_BTHK.shape, k_BSGK.shape[1:3]
     shapes = (q_BTHK.shape, k_BSGK.shape, v_BSGV.shape)
-    reason = refusal(*shapes, q_BTHK.dtype, block_size=block_size, top_k=top_k, scale=scale, q_offset=q_offset)
+    reason = refusal(*shapes, q_BTHK.dtype, block_size=block_size, top_k=top_k, scale=scale)
     if reason:
         raise ValueError(reason)
     q_BTHK, k_BSGK, v_BSGV = (whole_groups(x) for x in (q_BTHK, k_BSGK, v_BSGV))
     # A block that somebody chooses is complete and has a token behind it.
-    num_blocks = (T - 1) // block_size
-    is_packed = segment_ids is not None or block_size % TILE > 0
-    table_blocks = num_blocks if is_packed else -(-T // block_size)
+    num_blocks = (S - 1) // block_size
+    is_packed = segment_ids is not None or block_size % TILE > 0 or needs_positions(T, S, q_offset)
+    table_blocks = num_blocks if is_packed else -(-S // block_size)
     J = min(top_k - 1, num_blocks)
     settings = Settings(float(scale), block_size, H // G, T, table_blocks, J, num_sms, interpret)
-    where = layout(segment_ids, T, block_size)
-    history, *candidates = history_blocks(where, segment_ids, T, block_size)
-    packed = _packed(settings, where, history, candidates, B, q_BTHK.shape[1]) if is_packed else None
+    where = layout(segment_ids, S, block_size)
+    history, *candidates = history_blocks(where, segment_ids, S, block_size)
+    packed = _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset) if is_packed else None
     out_BTHV, lse_BHT, max_BH, winner_BHJT = _attention(settings, q_BTHK, k_BSGK, v_BSGV, packed)
-    own_BHT1 = jnp.broadcast_to(where.block_id_BS[:, None, :, None], (B, H, T, 1))
+    position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset)[:, :T], (B, T))
+    own_BT = at_positions(jnp.broadcast_to(where.block_id_BS, (B, S)), position_BT)
+    own_BHT1 = jnp.broadcast_to(own_BT[:, None, :, None], (B, H, T, 1))
     earlier_BHTJ = winner_BHJT[..., :T].swapaxes(2, 3)
     if J:
         name = jax.vmap(lambda block_id_N, winner_HTJ: block_id_N[jnp.maximum(winner_HTJ, 0)])
@@ -90,18 +93,21 @@ class Packed(NamedTuple):
     place_BS: jax.Array  # of each key among the copies; behind their end for one that was not copied
 
 
-def _packed(settings, where, history, candidates, B, padded_T):
-    T, N, place = settings.num_tokens, settings.table_blocks, padded(settings.block_size)
-    where, (first_BS, count_BS) = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, T)), (where, tuple(candidates)))
+def _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset):
+    N, place, (B, T) = settings.table_blocks, padded(settings.block_size), q_BTHK.shape[:2]
+    S = where.block_start_BS.shape[1]
+    where, (first_BS, count_BS) = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, S)), (where, tuple(candidates)))
     start_BN = jnp.broadcast_to(history.start_BN, (B, N))
     end_BS = first_BS + count_BS
     # A key's own block is the next one behind its candidates, if it may be chosen at all.
-    next_BS = at_positions(jnp.pad(start_BN, ((0, 0), (0, 1)), constant_values=-1), jnp.minimum(end_BS, N))
-    inside_BS = jnp.arange(T, dtype=jnp.int32) - where.block_start_BS
+    start_or_none_BN = jnp.pad(start_BN, ((0, 0), (0, 1)), constant_values=-1)
+    next_BS = jnp.take_along_axis(start_or_none_BN, jnp.minimum(end_BS, N), axis=1)
+    inside_BS = jnp.arange(S, dtype=jnp.int32) - where.block_start_BS
     place_BS = jnp.where(next_BS == where.block_start_BS, end_BS * place + inside_BS, N * place)
-    first_BT, end_BT = (jnp.pad(x, ((0, 0), (0, padded_T - T)), mode="edge") for x in (first_BS, end_BS))
-    starts = starts_of(whole_starts(where.block_start_BS, padded_T))
-    place_BS = jnp.pad(place_BS, ((0, 0), (0, padded_T - T)), constant_values=N * place)
+    place_BS = jnp.pad(place_BS, ((0, 0), (0, k_BSGK.shape[1] - S)), constant_values=N * place)
+    position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset), (B, T))
+    first_BT, end_BT = (at_positions(x, position_BT) for x in (first_BS, end_BS))
+    starts = starts_at(where.block_start_BS, q_BTHK, settings.num_tokens, q_offset)
     return Packed(start_BN, first_BT, end_BT, starts, place_BS)
 
 
@@ -138,7 +144,7 @@ def _attention(settings, q_BTHK, k_BSGK, v_BSGV, packed):
 
 def _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed):
     scale, T = settings.scale, q_BTHK.shape[1]
-    own_block, far_block, own_options, far_options = _call(settings, packed, T)
+    own_block, far_block, own_options, far_options = _call(settings, packed, k_BSGK.shape[1])
     far = [_far(settings, x, packed) for x in (k_BSGK, v_BSGV)]
     winner_BHJT = _choose(settings, q_BTHK, far[0], packed)
     out_BTHV, lse_BHT, max_BHT = attend(scale, own_block, q_BTHK, k_BSGK, v_BSGV, **own_options)
@@ -164,7 +170,7 @@ def _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed):
 def _backward(settings, saved, cotangents):
     q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, winner_BHJT, packed = saved
     scale, T = settings.scale, q_BTHK.shape[1]
-    own_block, far_block, own_options, far_options = _call(settings, packed, T)
+    own_block, far_block, own_options, far_options = _call(settings, packed, k_BSGK.shape[1])
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
     _, dout_BTHV, lse_BHT, delta_BHT = own
     dq_BTHK = rows_gradient(scale, own_block, *own, k_BSGK, v_BSGV, **own_options)
@@ -202,13 +208,13 @@ def _backward(settings, saved, cotangents):
     return gradients[0], *keys, None
 
 
-def _call(settings, packed, T):
+def _call(settings, packed, S):
     """The block sizes of own and chosen blocks as the kernels see them, and the options of either call."""
     options = {"num_sms": settings.num_sms, "interpret": settings.interpret}
     if packed is None:
         return settings.block_size, settings.block_size, options, options
     own_options = options | {"starts": packed.starts}
-    return padded(T), padded(settings.block_size), own_options, options | {"num_keys": settings.block_size}
+    return padded(S), padded(settings.block_size), own_options, options | {"num_keys": settings.block_size}
 
 
 _attention.defvjp(_forward, _backward)
