@@ -18,6 +18,7 @@ from k2jax.kernels.attention import cannot_run_sm90, check_shapes, unmeasured
 from k2jax.kernels.attention import choose as choose_full_attention
 from k2jax.kernels.moba import reference, sm90, xla
 from k2jax.kernels.moba.blocks import Attended, Residuals
+from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN
 from k2jax.kernels.partition import attend_over_mesh
 
 __all__ = ["Residuals", "moba_attention", "moba_attention_plan"]
@@ -145,8 +146,9 @@ def _choose(q, k, v, segment_ids, q_offset, *, block_size, top_k, scale):
         )
     call = {"block_size": block_size, "top_k": top_k, "scale": scale}
     not_sm90 = _cannot_run_sm90(q, k, v, **call) or unmeasured(q, k, v, segment_ids, q_offset)
-    if not not_sm90 and block_size % 128:
-        not_sm90 = f"blocks of {block_size} keys have not been measured on a GPU; name 'sm90' to take it"
+    if not not_sm90 and (block_size % 128 or top_k - 1 > MAX_CHOSEN):
+        what = f"blocks of {block_size} keys with top_k={top_k}"
+        not_sm90 = f"{what} have not been measured on a GPU; name 'sm90' to take it"
     if not_sm90:
         return "xla", f"its memory grows with S * top_k; not 'sm90': {not_sm90}"
     return "sm90", "a Hopper GPU, and a call that its kernels take"

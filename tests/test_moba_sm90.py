@@ -126,6 +126,7 @@ ATTENDS = {
     "packed documents": (2, 700, 2, 1, 64, 64, 128, 3, "bfloat16", 2**22, 37, 290, 291, 600),
     "blocks of 100": (1, 560, 2, 1, 64, 64, 100, 3, "bfloat16", 900),
     "blocks of 200 in documents": (1, 900, 1, 1, 128, 128, 200, 2, "float16", 2**22, 450),
+    "many choices": (1, 1300, 2, 1, 64, 64, 64, 18, "bfloat16", 2**22),
     "full, packed documents": (2, 601, 2, 1, 64, 64, None, None, "bfloat16", None, 37, 290, 300, 301),
     "a chunk of the queries": (2, 620, 2, 1, 64, 64, 128, 3, "bfloat16", 2**22),
     "a chunk of the queries of documents": (2, 620, 2, 1, 64, 64, 100, 2, "bfloat16", 900, 180, 400),
@@ -255,7 +256,7 @@ REFUSED = [
     ({"T": 64, "S": 64}, {"top_k": 1}, "64 queries are fewer than a tile of 128"),
     ({"K": 96}, {}, r"heads of sizes \(96, 128\): built are"),
     ({}, {"block_size": 48}, "block_size=48 is less than 64"),
-    ({"T": 4096, "S": 4096}, {"top_k": 17}, "top_k=17 is more than 16"),
+    ({"T": 16384, "S": 16384}, {"top_k": 65}, "top_k=65 is more than 64"),
     ({}, {"scale": -1.0}, "scale=-1.0 is not positive"),
 ]
 
@@ -286,7 +287,9 @@ def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch):
     assert unmeasured.startswith("implementation: xla")
     assert "heads of sizes (192, 128) have not been measured on a GPU; name 'sm90'" in unmeasured
     assert "packed documents have not been measured" in plan(*call(), segment_ids=jnp.zeros((1, 2048), jnp.int32))
-    assert "blocks of 200 keys have not been measured" in moba_attention_plan(*call(), block_size=200, top_k=3)
+    assert "blocks of 200 keys with top_k=3 have not been measured" in moba_attention_plan(
+        *call(), block_size=200, top_k=3
+    )
     offset = jnp.zeros(1, jnp.int32)
     choice, why = moba_pallas._choose(*call(), None, offset, block_size=128, top_k=3, scale=1.0)
     assert choice == "xla"

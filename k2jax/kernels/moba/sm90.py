@@ -30,6 +30,7 @@ from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN, choose_blocks_sm90
 from k2jax.kernels.moba.grouping import group, num_tiles
 from k2jax.kernels.moba.routing import history_blocks
 
+MAX_BLOCKS = 63  # Partial results of a query, each gathered back on its own.
 MIN_BLOCK = 64  # A tile reads 128 keys of a block at a time, what is missing of them for nothing.
 # Pairs whose gathered queries and partial results are in memory at once: 8 GiB at 2 * 256 bytes each, 12 backward.
 PAIRS = 2**24
@@ -42,8 +43,8 @@ def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale) -> st
         return reason
     if block_size < MIN_BLOCK:
         return f"block_size={block_size} is less than {MIN_BLOCK}"
-    if min(top_k - 1, (k_shape[1] - 1) // block_size) > MAX_CHOSEN:
-        return f"top_k={top_k} is more than {MAX_CHOSEN + 1}"
+    if min(top_k - 1, (k_shape[1] - 1) // block_size) > MAX_BLOCKS:
+        return f"top_k={top_k} is more than {MAX_BLOCKS + 1}"
     return None
 
 
@@ -289,9 +290,33 @@ def _choose(settings, q_BTHK, far_BSGK, packed):
     mean_BNGK = jnp.mean(far_BSGK.reshape(B, N, -1, *far_BSGK.shape[2:])[:, :, :C], axis=2, dtype=jnp.float32)
     # Rounded, as the official code does before the product.
     mean_BNGK = mean_BNGK.astype(far_BSGK.dtype)
-    options = {"num_sms": settings.num_sms, "interpret": settings.interpret}
-    winner_BHJT = choose_blocks_sm90(q_BTHK, mean_BNGK, settings.J, first_BT, end_BT, **options)
+    if settings.J > MAX_CHOSEN:
+        winner_BHJT = _choose_by_xla(q_BTHK, mean_BNGK, settings.J, first_BT, end_BT)
+    else:
+        options = {"num_sms": settings.num_sms, "interpret": settings.interpret}
+        winner_BHJT = choose_blocks_sm90(q_BTHK, mean_BNGK, settings.J, first_BT, end_BT, **options)
     return jnp.where(jnp.arange(winner_BHJT.shape[-1]) < settings.num_tokens, winner_BHJT, -1)
+
+
+def _choose_by_xla(q_BTHK, mean_BNGK, J, first_BT, end_BT):
+    """The same for any J, a tile of queries at a time; `lax.top_k` has the lowest block first among equals, too."""
+    (B, T, H, K), (N, G) = q_BTHK.shape, mean_BNGK.shape[1:3]
+    missing = padded(T) - T
+
+    def tiles(x_BT):
+        x_BT = jnp.pad(x_BT, ((0, 0), (0, missing)) + ((0, 0),) * (x_BT.ndim - 2))
+        return jnp.moveaxis(x_BT.reshape(B, -1, TILE, *x_BT.shape[2:]), 1, 0)
+
+    def choose(xs):
+        q_BLGRK, first_BL, end_BL = xs
+        score_BGRLN = jnp.einsum("blgrk,bngk->bgrln", q_BLGRK, mean_BNGK, preferred_element_type=jnp.float32)
+        block_N = jnp.arange(N)
+        candidate_BLN = (block_N >= first_BL[..., None]) & (block_N < end_BL[..., None])
+        best, winner_BGRLJ = jax.lax.top_k(jnp.where(candidate_BLN[:, None, None], score_BGRLN, -jnp.inf), J)
+        return jnp.where(best > -jnp.inf, winner_BGRLJ, -1)
+
+    winner_YBGRLJ = jax.lax.map(choose, (tiles(q_BTHK.reshape(B, T, G, H // G, K)), tiles(first_BT), tiles(end_BT)))
+    return winner_YBGRLJ.transpose(1, 2, 3, 5, 0, 4).reshape(B, H, J, -1)
 
 
 def _groups(settings, winner_BHJT, packed):
