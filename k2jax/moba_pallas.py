@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from k2jax.kernels.attention import IMPLEMENTATIONS as FULL_ATTENTION
 from k2jax.kernels.attention import cannot_run_sm90, check_shapes, unmeasured
 from k2jax.kernels.attention import choose as choose_full_attention
+from k2jax.kernels.hopper import CannotRun
 from k2jax.kernels.moba import reference, sm90, xla
 from k2jax.kernels.moba.blocks import Attended, Residuals
 from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN
@@ -70,8 +71,8 @@ def moba_attention(
       [B, T, H, V] in v's dtype, or `(that, Residuals)`.
 
     Raises:
-      ValueError: for shapes that do not fit together, a block size or top_k below 1, an unknown
-        implementation, or one that cannot do this.
+      ValueError: for shapes that do not fit together, a block size or top_k below 1, or an unknown
+        implementation; CannotRun, which is one, for one that cannot do this here.
       NotImplementedError: for an implementation that is not built yet.
 
     Source: "MoBA: Mixture of Block Attention for Long-Context LLMs" (arXiv 2502.13189), section 2.2,
@@ -89,7 +90,7 @@ def moba_attention(
     elif implementation == "sm90":
         reason = _cannot_run_sm90(q, k, v, **call)
         if reason:
-            raise ValueError(f"implementation='sm90' cannot run: {reason}")
+            raise CannotRun(f"implementation='sm90' cannot run: {reason}")
     attend = functools.partial(_implementation(implementation), **call)
     if not isinstance(q_offset, int):
         q_offset = jnp.broadcast_to(q_offset, q.shape[:1])

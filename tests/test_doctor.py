@@ -18,6 +18,7 @@ from k2jax.diagnostics import advice, cases, examination, ops, rates
 from k2jax.diagnostics.ops import Case, Outcome, check
 from k2jax.kernels import attention as attention_op
 from k2jax.kernels import grouped_matmul as grouped_op
+from k2jax.kernels.hopper import CannotRun
 from k2jax.training.errors import SetupError
 from tests import tiny
 from tests.on_devices import told_by
@@ -71,9 +72,10 @@ def test_integers_must_be_equal():
     assert check(dataclasses.replace(right, run=lambda x: jnp.argmin(x, axis=0))).state == "fail"
 
 
-def test_an_implementation_that_the_platform_lacks_is_absent():
+@pytest.mark.parametrize("error", [NotImplementedError, CannotRun])
+def test_an_implementation_that_the_platform_lacks_is_absent(error):
     def run(x):
-        raise NotImplementedError("needs a Hopper GPU")
+        raise error("needs a Hopper GPU")
 
     assert check(case(run)).line() == f"ABSENT {'sine planted float32':44} {'':32} needs a Hopper GPU"
 
@@ -308,5 +310,8 @@ def test_the_whole_round_as_a_process(tmp_path, devices):
     assert told["steps"]["devices"] == min(devices, 4)
     assert len(told["collectives"]) == (4 if devices > 1 else 0)
     assert abs(told["steps"]["memory_predicted"] / told["steps"]["memory_compiled"] - 1) < 0.5
-    assert all(op["state"] == "pass" for op in told["ops"])
+    kernels = [op for op in told["ops"] if op["implementation"] == "sm90"]
+    assert {op["state"] for op in kernels} == {"absent"}
+    assert all("needs a Hopper GPU" in op["message"] for op in kernels)
+    assert all(op["state"] == "pass" for op in told["ops"] if op not in kernels)
     assert ops.TOLERANCE.keys() <= {op["dtype"] for op in told["ops"]}

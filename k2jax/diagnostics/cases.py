@@ -70,7 +70,7 @@ def _moba(label, dtype, sizes, packed):
 
     def attend(q_BTHK, k_BTGK, v_BTGV, segment_ids, *, implementation):
         return moba_pallas.moba_attention(
-            q_BTHK, k_BTGK, v_BTGV, block_size=32, top_k=3, segment_ids=segment_ids, return_residuals=True,
+            q_BTHK, k_BTGK, v_BTGV, block_size=64, top_k=3, segment_ids=segment_ids, return_residuals=True,
             implementation=implementation,
         )  # fmt: skip
 

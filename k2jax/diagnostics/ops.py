@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from k2jax.kernels.hopper import CannotRun
+
 # Of results in this type. Right implementations stay below a tenth of it in float32 and near a half in bfloat16, where
 # float32 is what tells a small mistake from rounding.
 TOLERANCE = {"float32": 3e-5, "bfloat16": 6e-2}
@@ -39,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case: 'pass', 'fail', or 'absent' for an implementation that this platform has not.
+    """What became of a case: 'pass', 'fail', or 'absent' for an implementation that cannot run it here.
 
     error: None where none could be measured; message: why, or which result is wrong.
     """
@@ -81,7 +83,7 @@ def check(case: Case) -> Outcome:
     try:
         got, want = _results(case)
         errors = _errors(got, want)
-    except NotImplementedError as error:
+    except (NotImplementedError, CannotRun) as error:
         return outcome("absent", None, _first_line(error))
     except Exception as error:  # Whatever a kernel may raise is what its line has to say.
         return outcome("fail", None, f"{type(error).__name__}: {_first_line(error)}")

@@ -5,6 +5,10 @@ import functools
 import jax
 
 
+class CannotRun(ValueError):
+    """An implementation that was asked for by name cannot compute this call on this device; it says why."""
+
+
 @functools.cache
 def not_hopper() -> str | None:
     """Why the default device cannot run them, or None."""

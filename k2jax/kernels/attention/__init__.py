@@ -9,7 +9,7 @@ import logging
 import jax.numpy as jnp
 
 from k2jax.kernels.attention import reference, sm90, xla
-from k2jax.kernels.hopper import not_hopper
+from k2jax.kernels.hopper import CannotRun, not_hopper
 from k2jax.kernels.partition import attend_over_mesh, mesh_axes
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ def attention(
       pairs only, without gradient.
 
     Raises:
-      ValueError: for shapes that do not fit together, an unknown implementation, or one that cannot do this.
+      ValueError: for shapes that do not fit together or an unknown implementation; CannotRun, which is one, for one
+        that cannot do this here.
 
     Source: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), equation 1; the chunked form
     follows Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (arXiv 2112.05682).
@@ -66,7 +67,7 @@ def attention(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {sorted(IMPLEMENTATIONS)}")
     if implementation == "sm90" and reason:
-        raise ValueError(f"implementation='sm90' cannot run: {reason}")
+        raise CannotRun(f"implementation='sm90' cannot run: {reason}")
     attend = functools.partial(IMPLEMENTATIONS[implementation], scale=scale)
     if not isinstance(q_offset, int):
         q_offset = jnp.broadcast_to(q_offset, q_BTHK.shape[:1])

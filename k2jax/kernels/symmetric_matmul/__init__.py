@@ -8,7 +8,7 @@ import logging
 
 import jax
 
-from k2jax.kernels.hopper import not_hopper
+from k2jax.kernels.hopper import CannotRun, not_hopper
 from k2jax.kernels.partition import mesh_axes, over_mesh
 from k2jax.kernels.symmetric_matmul.reference import symmetric_matmul_reference
 from k2jax.kernels.symmetric_matmul.sm90 import refusal, symmetric_matmul_sm90
@@ -50,7 +50,7 @@ def symmetric_matmul(x, c=None, *, y=None, alpha=1.0, beta=1.0, gamma=None, impl
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r}: use None or one of {sorted(IMPLEMENTATIONS)}")
     if implementation == "sm90" and (reason := not_hopper() or _unfit(x)):
-        raise ValueError(f"implementation='sm90' cannot run: {reason}")
+        raise CannotRun(f"implementation='sm90' cannot run: {reason}")
     run = IMPLEMENTATIONS[implementation] if implementation else _best(x)
     if x.ndim > 3:
         return run(x, y, c, alpha, beta, gamma)
