@@ -19,10 +19,11 @@ from k2jax.kernels.attention import choose as choose_full_attention
 from k2jax.kernels.hopper import CannotRun
 from k2jax.kernels.moba import reference, sm90, xla
 from k2jax.kernels.moba.blocks import Attended, Residuals
+from k2jax.kernels.moba.decode import Pages, append, empty_pages, moba_decode
 from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN
 from k2jax.kernels.partition import attend_over_mesh
 
-__all__ = ["Residuals", "moba_attention", "moba_attention_plan"]
+__all__ = ["Pages", "Residuals", "append", "empty_pages", "moba_attention", "moba_attention_plan", "moba_decode"]
 
 logger = logging.getLogger(__name__)
 

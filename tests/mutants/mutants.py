@@ -1176,6 +1176,20 @@ KERNELS_MUTANTS = (
         f"{HOPPER_IS_EXACT}[a tile and a half, grouped heads]",
     ),
     Mutant(
+        "a page keeps the keys' sum of its last owner",
+        "k2jax/kernels/moba/decode.py",
+        "jnp.where((place_B == 0)[:, None, None], 0.0, pages.sum_PGK[page_B])",
+        "pages.sum_PGK[page_B]",
+        "tests/test_moba_decode.py::test_a_page_forgets_its_last_owner",
+    ),
+    Mutant(
+        "decoding scores the query's own page, too",
+        "k2jax/kernels/moba/decode.py",
+        "candidate_BN = jnp.arange(N) < own_B[:, None]",
+        "candidate_BN = jnp.arange(N) <= own_B[:, None]",
+        "tests/test_moba_decode.py::test_every_last_token_reads_what_it_reads_in_one_pass[zeros-2]",
+    ),
+    Mutant(
         "tiles of equal blocks overlap",
         "k2jax/kernels/moba/grouping.py",
         "tiles_Z = -(-size_Z // L)",
