@@ -147,6 +147,7 @@ GATES = {
     "ties": (1, 600, 2, 1, 16, 3, "bfloat16"),
     "more than a step of blocks": (1, 1200, 1, 1, 8, 7, "float16"),
     "one of a few": (2, 300, 1, 1, 128, 1, "bfloat16"),
+    "fewer tiles than multiprocessors": (1, 200, 1, 1, 16, 3, "bfloat16"),
 }
 
 

@@ -82,7 +82,7 @@ def _kernel(
     (B, H), num_tiles = winner_BHJT.shape[:2], winner_BHJT.shape[3] // TILE
     heads_per_key = H // mean_BDGK.shape[2]
     first, stride = lax.axis_index("sm"), lax.axis_size("sm")
-    num_mine = lax.div(B * H * num_tiles - 1 - first, jnp.int32(stride)) + 1
+    num_mine = lax.div(B * H * num_tiles - first + (stride - 1), jnp.int32(stride))  # 0 where there are too few tiles
 
     def walk(body):
         """body(number here, batch, head, first row, first block, steps, steps so far); long tiles first."""
