@@ -1,15 +1,35 @@
-"""Teaches JAX's interpreter of Mosaic GPU kernels a wgmma whose left operand is in registers.
+"""Teaches JAX's interpreter of Mosaic GPU kernels what ours need and it (jax 0.11 and 0.12) does not know.
 
-The interpreter (jax 0.11 and 0.12) reads both operands from shared memory and knows no other way. `patch()` replaces
-its product by one that takes the values of such an operand as they are; everything else is the interpreter's.
+A wgmma whose left operand is in registers: it reads both from shared memory. `pl.run_state` of accumulators with first
+values: it knows scoped ones alone. `patch()` adds both; everything else is the interpreter's.
 """
 
+import jax
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as interpreter
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def patch():
     interpreter.wgmma = _wgmma(interpreter.wgmma)
+    pl.run_state = _run_state
+
+
+def _run_state(body):
+    """`pl.run_state` for a tree of `plgpu.ACC.init(values)`."""
+
+    def run(accumulators):
+        leaves, tree = jax.tree.flatten(accumulators, is_leaf=lambda x: isinstance(x, plgpu.ACC))
+
+        def scoped(*refs):
+            body(jax.tree.unflatten(tree, refs))  # Products are added alone, so the first values can come last.
+            sums = [x._init + ref[...] for x, ref in zip(leaves, refs, strict=True)]
+            return jax.tree.unflatten(tree, sums)
+
+        return pl.run_scoped(scoped, *(plgpu.ACC(x.shape, x.dtype) for x in leaves))
+
+    return run
 
 
 def _wgmma(original):

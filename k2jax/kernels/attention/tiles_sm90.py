@@ -297,17 +297,19 @@ class _Work:
         return lambda array, first, size: array.at[batch, pl.ds(first_key + first, size), key_head]
 
 
-def _over_keys(tile, first_row, begin, step):
-    """fori_loop of step(i, carry, masked) over the tile's keys, masked where rows from `first_row` on miss some."""
+def _over_keys(tile, first_row, begin, step, steps):
+    """fori_loop of step(i, carry, masked) over the first steps of a tile, masked where rows from `first_row` on miss
+    some keys.
+    """
     if tile.sees is None:
-        return lax.fori_loop(0, tile.steps, functools.partial(step, masked=False), begin)
-    clear_to = tile.clear_to(first_row)
+        return lax.fori_loop(0, steps, functools.partial(step, masked=False), begin)
+    clear_to = jnp.minimum(tile.clear_to(first_row), steps)
     carry, clear_from = begin, 0
     if tile.clear_from is not None:
-        clear_from = tile.clear_from
+        clear_from = jnp.minimum(tile.clear_from, steps)
         carry = lax.fori_loop(0, clear_from, functools.partial(step, masked=True), carry)
     carry = lax.fori_loop(clear_from, clear_to, functools.partial(step, masked=False), carry)
-    return lax.fori_loop(clear_to, tile.steps, functools.partial(step, masked=True), carry)
+    return lax.fori_loop(clear_to, steps, functools.partial(step, masked=True), carry)
 
 
 def _divide(number, inner, middle):
@@ -377,32 +379,41 @@ def _attend_kernel(
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, v_full, v_empty)]
         _stream(work, table, table_2, [(q, q_RWQK)], (q_full, q_empty), keys)
 
-    def other_turn():
+    def pass_turn():
+        """One warpgroup multiplies while the other is at its exponentials; both come here equally often."""
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
         plgpu.set_max_registers(232, action="increase")
-        # The warpgroups take turns at the tensor cores: one multiplies while the other is at its exponentials.
-        pl.when(wg == 1)(other_turn)
+        pl.when(wg == 1)(pass_turn)
 
         def one(here, tile, so_far):
             q_slot = slot_of(here, slots)
             plgpu.barrier_wait(q_full.at[q_slot])
 
-            def kv_step(i, carry, masked):
-                acc_QV, max_Q, sum_Q = carry
-                slot = slot_of(so_far + i)
+            def multiply(i, s_QN, weighted=None):
+                """Adds the logits of step i to s, and to a sum (sum_QV, p_QN) what p weighs of the values before it.
+
+                One after the other on the tensor cores, with nothing to do in between.
+                """
+                slot, before = slot_of(so_far + i), slot_of(so_far + i - 1)
                 plgpu.barrier_wait(k_full.at[slot])
-
-                def logits(acc_QN):
-                    plgpu.wgmma(acc_QN, q_RWQK.at[q_slot, wg], k_RNK.at[slot].transpose((1, 0)))
-                    other_turn()
-                    return acc_QN[...]
-
-                s_QN = pl.run_scoped(logits, plgpu.ACC((ROWS, N), jnp.float32))
+                if weighted is not None:
+                    sum_QV, p_QN = weighted
+                    plgpu.wgmma(sum_QV, p_QN, v_RNV.at[before])
+                plgpu.wgmma(s_QN, q_RWQK.at[q_slot, wg], k_RNK.at[slot].transpose((1, 0)))
+                if weighted is not None:
+                    plgpu.wgmma_wait(1)
+                    plgpu.barrier_arrive(v_empty.at[before])
+                plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(k_empty.at[slot])
+                pass_turn()
+
+            def soften(i, carry, masked):
+                """p of step i, and what was summed so far on its scale. The other warpgroup multiplies meanwhile."""
+                s_QN, acc_QV, max_Q, sum_Q = carry
                 if masked:
                     s_QN = jnp.where(tile.sees(s_QN.shape, wg * ROWS, i), s_QN, -jnp.inf)
                 new_Q = jnp.maximum(max_Q, s_QN.max(axis=1))
@@ -411,25 +422,43 @@ def _attend_kernel(
                 faded_Q = jnp.exp2((max_Q - new_Q) * (scale * LOG2E))
                 p_QN = jnp.exp2(s_QN * (scale * LOG2E) - _over(new_Q * (scale * LOG2E), s_QN.shape))
                 sum_Q = sum_Q * faded_Q + p_QN.sum(axis=1)
-                p_QN = p_QN.astype(dtype)
+                acc_QV = acc_QV * _over(faded_Q, acc_QV.shape)
                 # The compiler would otherwise move arithmetic past the barriers, into the other one's turn.
-                faded_Q, new_Q, sum_Q, p_QN = lax.optimization_barrier((faded_Q, new_Q, sum_Q, p_QN))
+                p_QN, acc_QV, new_Q, sum_Q = lax.optimization_barrier((p_QN.astype(dtype), acc_QV, new_Q, sum_Q))
                 plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_full.at[slot])
+                plgpu.barrier_wait(v_full.at[slot_of(so_far + i)])
                 plgpu.barrier_wait(turn)
+                return p_QN, acc_QV, new_Q, sum_Q
 
-                def weighted(new_QV):
-                    plgpu.wgmma(new_QV, p_QN, v_RNV.at[slot])
-                    return new_QV[...]
+            def kv_step(i, carry, masked):
+                p_QN, acc_QV, max_Q, sum_Q = soften(i, carry, masked)
 
-                new_QV = pl.run_scoped(weighted, plgpu.ACC((ROWS, V), jnp.float32))
-                plgpu.barrier_arrive(v_empty.at[slot])
-                return acc_QV * _over(faded_Q, acc_QV.shape) + new_QV, new_Q, sum_Q
+                def products(refs):
+                    sum_QV, s_QN = refs
+                    multiply(i + 1, s_QN, (sum_QV, p_QN))
 
+                no_logits = _filled(0.0, (ROWS, N), plgpu.Layout.WGMMA)
+                acc_QV, s_QN = pl.run_state(products)((plgpu.ACC.init(acc_QV), plgpu.ACC.init(no_logits)))
+                return s_QN, acc_QV, max_Q, sum_Q
+
+            def first_logits(s_QN):
+                multiply(0, s_QN)
+                return s_QN[...]
+
+            s_QN = pl.run_scoped(first_logits, plgpu.ACC((ROWS, N), jnp.float32))
             nothing = _filled(0.0, (ROWS, V), plgpu.Layout.WGMMA)
-            carry = (nothing, _filled(-jnp.inf, (ROWS,), ROW), _filled(0.0, (ROWS,), ROW))
-            acc_QV, max_Q, sum_Q = _over_keys(tile, wg * ROWS, carry, kv_step)
+            carry = (s_QN, nothing, _filled(-jnp.inf, (ROWS,), ROW), _filled(0.0, (ROWS,), ROW))
+            last = tile.steps - 1
+            carry = _over_keys(tile, wg * ROWS, carry, kv_step, last)
             plgpu.barrier_arrive(q_empty.at[q_slot])
+            p_QN, acc_QV, max_Q, sum_Q = soften(last, carry, tile.sees is not None)
+
+            def last_product(sum_QV):
+                plgpu.wgmma(sum_QV, p_QN, v_RNV.at[slot_of(so_far + last)])
+
+            acc_QV = pl.run_state(last_product)(plgpu.ACC.init(acc_QV))
+            plgpu.barrier_arrive(v_empty.at[slot_of(so_far + last)])
+            pass_turn()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_WQV.at[wg][...] = (acc_QV * _over(1.0 / sum_Q, acc_QV.shape)).astype(dtype)
             lse_WQ.at[wg][...] = max_Q * scale + jnp.log(sum_Q)
@@ -437,9 +466,10 @@ def _attend_kernel(
             plgpu.commit_smem()
             for array, buffer in ((out, out_WQV), (lse, lse_WQ), (largest, max_WQ)):
                 plgpu.copy_smem_to_gmem(buffer.at[wg], tile.rows_of(array, wg * ROWS, ROWS))
+            pass_turn()
 
         work.walk(table, table_2, one)
-        pl.when(wg == 0)(other_turn)
+        pl.when(wg == 0)(pass_turn)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -491,7 +521,7 @@ def _rows_gradient_kernel(
                 return carry
 
             def all_steps(dq_QK):
-                _over_keys(tile, wg * ROWS, None, functools.partial(kv_step, dq_QK=dq_QK))
+                _over_keys(tile, wg * ROWS, None, functools.partial(kv_step, dq_QK=dq_QK), tile.steps)
                 return dq_QK[...]
 
             dq_QK = pl.run_scoped(all_steps, plgpu.ACC((ROWS, K), jnp.float32))
