@@ -114,7 +114,7 @@ def attend(
             "k_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
             "v_full": plgpu.Barrier(num_barriers=SLOTS),
             "v_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
-            "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
+            "turn": plgpu.Barrier(num_barriers=CONSUMERS),
         },
     )
     return kernel(*_tables(block_Y, used_1, starts), q, k_BSGK, v_BSGV)
@@ -217,24 +217,31 @@ class _Work:
     def walk(self, table, table_2, body):
         """body(number here, tile, steps so far) for each tile of ours. All warpgroups count the same."""
         first, stride = lax.axis_index("sm"), lax.axis_size("sm")
-        per_head = padded(self.num_rows) // TILE
-        total = table_2[0] if self.num_heads is None else self.num_batch * self.num_heads * per_head
+        own = self.num_batch * (self.num_heads or 0) * padded(self.num_rows) // TILE
+        total = table_2[0] if self.num_heads is None else jnp.int32(own)
+
+        def place(here):  # Forth and back, because tiles get shorter: who has the longest of one round ends the next.
+            return jnp.where(lax.rem(here, jnp.int32(2)) == 0, first, stride - 1 - first)
 
         def one(here, so_far):
-            number = first + here * stride
+            number = here * stride + place(here)
             if self.num_heads is None:
                 tile = self._chosen(table, number)
             else:
-                tile = self._own(number, per_head, *((table, table_2) if self.has_starts else (None, None)))
+                tile = self._own(number, *((table, table_2) if self.has_starts else (None, None)))
             body(here, tile, so_far)
             return so_far + tile.steps
 
-        lax.fori_loop(0, lax.div(total - first + (stride - 1), jnp.int32(stride)), one, jnp.int32(0))
+        rounds = lax.div(total, jnp.int32(stride))
+        has_one_more = place(rounds) < total - rounds * stride
+        lax.fori_loop(0, rounds + has_one_more.astype(jnp.int32), one, jnp.int32(0))
 
-    def _own(self, number, per_head, start_BT, span_BY3):
-        head, batch = _divide(number, per_head, self.num_heads)
-        # The longest tiles first, so that the last ones to run are short.
-        tile = per_head - 1 - lax.rem(number, jnp.int32(per_head))
+    def _own(self, number, start_BT, span_BY3):
+        # The last rows of all heads first: where they see all earlier ones, those are the longest tiles.
+        num_rows = self.num_batch * self.num_heads
+        batch_head, tile = lax.rem(number, jnp.int32(num_rows)), lax.div(number, jnp.int32(num_rows))
+        head, batch = lax.rem(batch_head, jnp.int32(self.num_heads)), lax.div(batch_head, jnp.int32(self.num_heads))
+        tile = padded(self.num_rows) // TILE - 1 - tile
         first_row, N = tile * TILE, jnp.int32(self.step)
         block = lax.div(first_row, jnp.int32(self.block_size))
         key_head = lax.div(head, jnp.int32(self.num_heads // self.num_key_heads))
@@ -379,10 +386,9 @@ def _attend_kernel(
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, v_full, v_empty)]
         _stream(work, table, table_2, [(q, q_RWQK)], (q_full, q_empty), keys)
 
+    # The warpgroups take turns at handing products to the tensor cores, so that one is at its exponentials meanwhile.
     def pass_turn():
-        """One warpgroup multiplies while the other is at its exponentials; both come here equally often."""
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
+        plgpu.barrier_arrive(turn.at[1 - wg])
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -404,12 +410,12 @@ def _attend_kernel(
                     sum_QV, p_QN = weighted
                     plgpu.wgmma(sum_QV, p_QN, v_RNV.at[before])
                 plgpu.wgmma(s_QN, q_RWQK.at[q_slot, wg], k_RNK.at[slot].transpose((1, 0)))
+                pass_turn()
                 if weighted is not None:
                     plgpu.wgmma_wait(1)
                     plgpu.barrier_arrive(v_empty.at[before])
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(k_empty.at[slot])
-                pass_turn()
 
             def soften(i, carry, masked):
                 """p of step i, and what was summed so far on its scale. The other warpgroup multiplies meanwhile."""
@@ -425,9 +431,8 @@ def _attend_kernel(
                 acc_QV = acc_QV * _over(faded_Q, acc_QV.shape)
                 # The compiler would otherwise move arithmetic past the barriers, into the other one's turn.
                 p_QN, acc_QV, new_Q, sum_Q = lax.optimization_barrier((p_QN.astype(dtype), acc_QV, new_Q, sum_Q))
-                plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(v_full.at[slot_of(so_far + i)])
-                plgpu.barrier_wait(turn)
+                plgpu.barrier_wait(turn.at[wg])
                 return p_QN, acc_QV, new_Q, sum_Q
 
             def kv_step(i, carry, masked):
@@ -442,6 +447,7 @@ def _attend_kernel(
                 return s_QN, acc_QV, max_Q, sum_Q
 
             def first_logits(s_QN):
+                plgpu.barrier_wait(turn.at[wg])
                 multiply(0, s_QN)
                 return s_QN[...]
 
@@ -455,10 +461,10 @@ def _attend_kernel(
 
             def last_product(sum_QV):
                 plgpu.wgmma(sum_QV, p_QN, v_RNV.at[slot_of(so_far + last)])
+                pass_turn()
 
             acc_QV = pl.run_state(last_product)(plgpu.ACC.init(acc_QV))
             plgpu.barrier_arrive(v_empty.at[slot_of(so_far + last)])
-            pass_turn()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_WQV.at[wg][...] = (acc_QV * _over(1.0 / sum_Q, acc_QV.shape)).astype(dtype)
             lse_WQ.at[wg][...] = max_Q * scale + jnp.log(sum_Q)
@@ -466,10 +472,9 @@ def _attend_kernel(
             plgpu.commit_smem()
             for array, buffer in ((out, out_WQV), (lse, lse_WQ), (largest, max_WQ)):
                 plgpu.copy_smem_to_gmem(buffer.at[wg], tile.rows_of(array, wg * ROWS, ROWS))
-            pass_turn()
 
         work.walk(table, table_2, one)
-        pl.when(wg == 0)(pass_turn)
+        pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[wg]))
         plgpu.wait_smem_to_gmem(0)
 
 
