@@ -1,13 +1,15 @@
 """MoBA's Hopper kernels: are they right, how fast are they, and against which dense attention?
 
-    python -m benchmarks.moba [--only NAME ...] [--stages] [--peers] [--seconds 400]
+    python -m benchmarks.moba [--checks NAME ...] [--only NAME ...] [--stages] [--peers] [--seconds 400] [--write]
+    python -m benchmarks.moba --plot
 
 On a Hopper GPU. Correctness first: outputs, gradients, log-sum-exp, max logits and selections of CHECKS against the
 definition in float32, on fresh random inputs, with the error of plain bfloat16 attention on the same selection as the
-yardstick, and two runs bit for bit. Then medians of forward and of forward with backward at every case of CASES, bf16,
-D = 128; with --stages what every stage of the first case takes, and with --peers the fastest dense attention that is to
-be had (cuDNN through jax.nn, tokamax, flash-attn3-jax: what cannot be imported is said). After --seconds nothing new is
-started. Prints a table and, with --peers and all cases, writes benchmarks/results/moba.json.
+yardstick, and two runs bit for bit. Then medians of forward and of forward with backward at every case of CASES, bf16;
+with --stages what every stage of the first case takes, and with --peers dense attention: ours, and the fastest that is
+to be had (cuDNN through jax.nn, tokamax, flash-attn3-jax: what cannot be imported is said), where a call is expected to
+take at most MAX_PEER_SECONDS. After --seconds nothing new is started. Prints a table; --write keeps it in
+benchmarks/results/moba.json. --plot draws that file, anywhere.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import record
+from k2jax.kernels.attention import sm90 as full_sm90
 from k2jax.kernels.attention.keys_gradient_sm90 import KeyHeads, keys_gradient
 from k2jax.kernels.attention.reference import causal_mask, masked_attention, query_positions
 from k2jax.kernels.attention.tiles_sm90 import attend, rows_gradient
@@ -34,19 +37,31 @@ CHECKS = {
     "MLA": (1, 2000, 2, 2, 128, 4, 192, 128),
     "packed documents": (2, 2000, 2, 1, 128, 3, 128, 128, 37, 700, 701, 1400),
     "odd blocks": (1, 1500, 2, 2, 100, 4, 128, 128),
+    "many choices": (1, 4096, 2, 1, 64, 20, 64, 64),
+    "a chunk of the queries": (2, 2000, 2, 1, 128, 3, 128, 128),
 }
+# The first query, and how many there are, where they are not as many as the keys.
+QUERIES = {"a chunk of the queries": (700, 1024)}
+# name: batch, tokens, query heads, key heads, block size, top k, sizes of keys and values
 CASES = {
-    "64K, B=128, k=8": (2, 65536, 16, 16, 128, 8),
-    "16K, B=128, k=8": (2, 16384, 16, 16, 128, 8),
-    "32K, B=512, k=3": (2, 32768, 16, 16, 512, 3),
-    "32K, B=128, k=8": (2, 32768, 16, 16, 128, 8),
-    "128K, B=128, k=8": (2, 131072, 16, 16, 128, 8),
-    "512K, B=128, k=8": (2, 524288, 16, 16, 128, 8),
-    "1M, B=4096, k=12": (1, 1048576, 16, 16, 4096, 12),
+    "64K, B=128, k=8": (2, 65536, 16, 16, 128, 8, 128, 128),
+    "4K, B=128, k=8": (2, 4096, 16, 16, 128, 8, 128, 128),
+    "8K, B=128, k=8": (2, 8192, 16, 16, 128, 8, 128, 128),
+    "16K, B=128, k=8": (2, 16384, 16, 16, 128, 8, 128, 128),
+    "32K, B=128, k=8": (2, 32768, 16, 16, 128, 8, 128, 128),
+    "32K, B=512, k=3": (2, 32768, 16, 16, 512, 3, 128, 128),
+    "32K, MLA, B=512, k=4": (1, 32768, 16, 16, 512, 4, 192, 128),
+    "128K, B=128, k=8": (2, 131072, 16, 16, 128, 8, 128, 128),
+    "256K, B=128, k=8": (2, 262144, 16, 16, 128, 8, 128, 128),
+    "512K, B=128, k=8": (2, 524288, 16, 16, 128, 8, 128, 128),
+    "1M, B=4096, k=12": (1, 1048576, 16, 16, 4096, 12, 128, 128),
 }
+CURVE = [name for name in CASES if name.endswith("K, B=128, k=8")]
 FORWARD_ONLY = {"1M, B=4096, k=12"}
 SCALE = 128**-0.5
 REPEATS = 5
+MAX_PEER_SECONDS = 9.0
+DENSE_RATE = 5e14  # operations a second, to guess what a peer will take
 
 
 def say(text):
@@ -85,10 +100,12 @@ def check(name) -> dict[str, float]:
     """Errors, as multiples of those of plain bfloat16 attention; raises AssertionError where something is wrong."""
     B, T, H, G, C, top_k, K, V, *ends = CHECKS[name]
     arrays = inputs(B, T, H, G, K, V)
+    q_offset, num_queries = QUERIES.get(name, (0, T))
+    arrays[0], arrays[3] = arrays[0][:, :num_queries], arrays[3][:, :num_queries]
     segments = (
         jnp.broadcast_to(jnp.searchsorted(jnp.array(ends), jnp.arange(T), side="right"), (B, T)) if ends else None
     )
-    settings = {"block_size": C, "top_k": top_k, "segment_ids": segments}
+    settings = {"block_size": C, "top_k": top_k, "segment_ids": segments, "q_offset": q_offset}
     run = jax.jit(functools.partial(with_gradients, functools.partial(kernels, **settings)))
     got = run(*arrays)
     jax.block_until_ready(run(*(2 * x for x in arrays)))  # so that a second run cannot find the first one's results
@@ -101,7 +118,9 @@ def check(name) -> dict[str, float]:
     agree = float((selected == definition(*arrays[:3]).residuals.selected_BHTJ).mean())
     assert agree > 0.9999, f"{name}: {agree:.5f} of the selections are the definition's"
     plain = jax.jit(
-        lambda q, k, v, dout: with_gradients(lambda *qkv: as_selected(*qkv, selected, block_id_BS), q, k, v, dout)
+        lambda *arrays: with_gradients(
+            lambda *qkv: as_selected(*qkv, selected, block_id_BS, q_offset=q_offset), *arrays
+        )
     )
     rounded = plain(*arrays)
     with jax.default_matmul_precision("highest"):
@@ -121,12 +140,15 @@ def check(name) -> dict[str, float]:
     return found
 
 
-def median_ms(function, *arrays, calls=3) -> float:
-    """Median over REPEATS of the milliseconds of one of `calls` calls in a row."""
-    for _ in range(2):
-        out = jax.block_until_ready(function(*arrays))
+def median_ms(function, *arrays) -> float:
+    """Median over REPEATS of the milliseconds of one of three calls in a row; fewer of what takes long."""
+    jax.block_until_ready(function(*arrays))
+    start = time.perf_counter()
+    out = jax.block_until_ready(function(*arrays))
+    first = time.perf_counter() - start
+    calls, repeats = (1, 1) if first > 1 else (1, 3) if first > 0.2 else (3, REPEATS)
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         del out
         start = time.perf_counter()
         for _ in range(calls):
@@ -154,11 +176,24 @@ def moba(C, top_k):
     return lambda q, k, v: sm90.moba_attention(q, k, v, block_size=C, top_k=top_k, scale=SCALE).out_BTHV
 
 
+def memory_gib(C, top_k, *arrays) -> float:
+    """What forward and backward need beyond inputs and outputs, by the compiler's account."""
+
+    def both(q, k, v, dout):
+        out, pull = jax.vjp(moba(C, top_k), q, k, v)
+        return out, *pull(dout)
+
+    return jax.jit(both).lower(*arrays).compile().memory_analysis().temp_size_in_bytes / 2**30
+
+
 def dense_peers() -> dict:
     def cudnn(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, scale=SCALE, is_causal=True, implementation="cudnn")
 
-    found = {"cuDNN": cudnn}
+    def ours(q, k, v):
+        return full_sm90.attention(q, k, v, scale=SCALE).out_BTHV
+
+    found = {"k2jax dense": ours, "cuDNN": cudnn}
     try:
         import tokamax
 
@@ -176,9 +211,9 @@ def dense_peers() -> dict:
     return found
 
 
-def stages(B, T, H, G, C, top_k) -> dict[str, float]:
+def stages(B, T, H, G, C, top_k, K, V) -> dict[str, float]:
     """Milliseconds of every stage alone, on random inputs."""
-    q, k, v, dout = inputs(B, T, H, G)
+    q, k, v, dout = inputs(B, T, H, G, K, V)
     settings = sm90.Settings(SCALE, C, H // G, T, T // C, top_k - 1, None, None)
     choose = jax.jit(functools.partial(sm90._choose, settings, packed=None))
     found = {"means, gate, top-k": median_ms(choose, q, k)}
@@ -211,21 +246,75 @@ def stages(B, T, H, G, C, top_k) -> dict[str, float]:
     return found
 
 
+def time_case(name, peers, deadline) -> dict:
+    """{who: {what: milliseconds}} of one case."""
+    B, T, H, G, C, top_k, K, V = CASES[name]
+    arrays, backward, times = inputs(B, T, H, G, K, V), name not in FORWARD_ONLY, {}
+    for label, attention in {"k2jax MoBA": moba(C, top_k), **peers}.items():
+        expected = B * H * T**2 * (K + V) * (3.5 if backward else 1.0) / DENSE_RATE
+        if label in peers and expected > MAX_PEER_SECONDS:
+            say(f"{name}: {label} is expected to take {expected:.0f} s a call: left out")
+            continue
+        if time.monotonic() > deadline:
+            say(f"{name}: out of time before {label}")
+            continue
+        try:
+            times[label] = timed(attention, *arrays, backward=backward)
+        except Exception as error:
+            say(f"  {label}: {type(error).__name__}: {str(error)[:300]}")
+            continue
+        say(f"{name}: {label:16}" + ", ".join(f"{what} {ms:.2f} ms" for what, ms in times[label].items()))
+    if backward and "k2jax MoBA" in times:
+        times["memory in GiB"] = {"q": arrays[0].nbytes / 2**30, "k2jax MoBA": memory_gib(C, top_k, *arrays)}
+        say(f"{name}: {times['memory in GiB']}")
+    return times
+
+
+def plot():
+    """docs/images/moba_curve.png: time against length, of results/moba.json."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    data = record.read("moba")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, what in zip(axes, ("forward", "forward + backward"), strict=True):
+        for label in ("k2jax MoBA", "k2jax dense", "cuDNN", "tokamax", "flash-attn3-jax"):
+            rows = sorted((CASES[n][1], data["milliseconds"][n].get(label, {}).get(what)) for n in CURVE)
+            rows = [(T, ms) for T, ms in rows if ms]
+            axis.loglog(*zip(*rows, strict=True), "o-" if "MoBA" in label else ".--", label=label)
+        axis.set_xlabel("tokens")
+        axis.set_ylabel("milliseconds")
+        axis.set_title(f"{what}: 2 x 16 heads, D=128, B=128, k=8, {data['hardware']}", fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    path = record.ROOT / "docs" / "images" / "moba_curve.png"
+    figure.savefig(path, dpi=110)
+    say(str(path))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checks", nargs="*", choices=list(CHECKS), default=list(CHECKS))
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--stages", action="store_true")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--plot", action="store_true")
     flags = parser.parse_args(argv)
+    if flags.plot:
+        plot()
+        return
     deadline = time.monotonic() + flags.seconds
-    data = {"repeats": REPEATS, "errors": {}, "milliseconds": {}, "stages": {}, "peak_gib": {}}
+    data = {"repeats": REPEATS, "errors": {}, "milliseconds": {}, "stages": {}}
 
     def save():
-        if flags.peers and flags.only == list(CASES):
-            say(str(record.write("moba", "python -m benchmarks.moba --peers --stages", data)))
+        if flags.write:
+            record.write("moba", "python -m benchmarks.moba --peers --stages --write", data)
 
-    for name in CHECKS:
+    for name in flags.checks:
         start = time.monotonic()
         data["errors"][name] = found = check(name)
         numbers = ", ".join(f"{what} {x:.3g}" for what, x in found.items())
@@ -236,22 +325,7 @@ def main(argv=None):
             say(f"  {what:20} {ms:8.3f} ms")
     peers = dense_peers() if flags.peers else {}
     for name in flags.only:
-        B, T, H, G, C, top_k = CASES[name]
-        times = data["milliseconds"][name] = {}
-        arrays = inputs(B, T, H, G)
-        for label, attention in {"k2jax MoBA": moba(C, top_k), **peers}.items():
-            if time.monotonic() > deadline:
-                say(f"{name}: out of time before {label}")
-                continue
-            try:
-                times[label] = timed(attention, *arrays, backward=name not in FORWARD_ONLY)
-            except Exception as error:
-                say(f"  {label}: {type(error).__name__}: {str(error)[:300]}")
-                continue
-            say(f"{name}: {label:16}" + ", ".join(f"{what} {ms:.2f} ms" for what, ms in times[label].items()))
-        stats = jax.devices()[0].memory_stats() or {}
-        data["peak_gib"][name] = stats.get("peak_bytes_in_use", 0) / 2**30
-        del arrays
+        data["milliseconds"][name] = time_case(name, peers, deadline)
         save()
 
 

@@ -20,7 +20,6 @@ from k2jax.kernels.hopper import CannotRun
 from k2jax.kernels.moba import reference, sm90, xla
 from k2jax.kernels.moba.blocks import Attended, Residuals
 from k2jax.kernels.moba.decode import Pages, append, empty_pages, moba_decode
-from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN
 from k2jax.kernels.partition import attend_over_mesh
 
 __all__ = ["Pages", "Residuals", "append", "empty_pages", "moba_attention", "moba_attention_plan", "moba_decode"]
@@ -137,7 +136,7 @@ def _choose(q, k, v, segment_ids, q_offset, *, block_size, top_k, scale):
     """The implementation None stands for, and the reason."""
     T = q.shape[1]
     if isinstance(q_offset, int) and q_offset + T <= block_size * top_k:
-        not_sm90 = cannot_run_sm90(q, v, scale) or unmeasured(q, k, v, segment_ids, q_offset)
+        not_sm90 = cannot_run_sm90(q, v, scale) or unmeasured(q)
         full, _ = choose_full_attention(q.shape, k.shape, not_sm90)
         same = f"{q_offset + T} tokens fit in top_k * block_size = {block_size * top_k}: the same function"
         return f"full-{full}", same
@@ -147,10 +146,7 @@ def _choose(q, k, v, segment_ids, q_offset, *, block_size, top_k, scale):
             f"{T} queries are fewer than one block of {block_size}: T x S memory is the smaller one",
         )
     call = {"block_size": block_size, "top_k": top_k, "scale": scale}
-    not_sm90 = _cannot_run_sm90(q, k, v, **call) or unmeasured(q, k, v, segment_ids, q_offset)
-    if not not_sm90 and (block_size % 128 or top_k - 1 > MAX_CHOSEN):
-        what = f"blocks of {block_size} keys with top_k={top_k}"
-        not_sm90 = f"{what} have not been measured on a GPU; name 'sm90' to take it"
+    not_sm90 = _cannot_run_sm90(q, k, v, **call) or unmeasured(q)
     if not_sm90:
         return "xla", f"its memory grows with S * top_k; not 'sm90': {not_sm90}"
     return "sm90", "a Hopper GPU, and a call that its kernels take"

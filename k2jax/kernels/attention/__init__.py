@@ -19,9 +19,6 @@ REFERENCE_MAX_PAIRS = 2**17
 
 IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "sm90": sm90.attention}
 
-# Of what the Hopper kernels are built for, None takes what has been measured on a GPU: these sizes, and one document.
-MEASURED_HEAD_SIZES = ((128, 128),)
-
 
 def attention(
     q_BTHK,
@@ -61,7 +58,7 @@ def attention(
     check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset)
     reason = cannot_run_sm90(q_BTHK, v_BSGV, scale)
     if implementation is None:
-        not_sm90 = reason or unmeasured(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset)
+        not_sm90 = reason or unmeasured(q_BTHK)
         implementation, why = choose(q_BTHK.shape, k_BSGK.shape, not_sm90)
         _log_choice(implementation, why, q_BTHK.shape, k_BSGK.shape)
     if implementation not in IMPLEMENTATIONS:
@@ -86,16 +83,11 @@ def choose(q_shape, k_shape, not_sm90: str | None) -> tuple[str, str]:
     return "sm90", "a Hopper GPU, and a call that its kernels take"
 
 
-def unmeasured(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset) -> str | None:
+def unmeasured(q_BTHK) -> str | None:
     """What of this call the Hopper kernels have not been measured with on a GPU, or None."""
-    sizes, what = (q_BTHK.shape[3], v_BSGV.shape[3]), None
-    if sizes not in MEASURED_HEAD_SIZES:
-        what = f"heads of sizes {sizes}"
-    elif segment_ids is not None:
-        what = "packed documents"
-    elif sm90.needs_positions(q_BTHK.shape[1], k_BSGK.shape[1], q_offset) or "T" in mesh_axes({"q_BTHK": q_BTHK}):
-        what = "queries of a part of the sequence"
-    return what and f"{what} have not been measured on a GPU; name 'sm90' to take it"
+    if "T" in mesh_axes({"q_BTHK": q_BTHK}):
+        return "sequences cut over a mesh have not been measured on GPUs; name 'sm90' to take it"
+    return None
 
 
 def cannot_run_sm90(q_BTHK, v_BSGV, scale) -> str | None:
