@@ -62,7 +62,9 @@ def train_one(name, flags):
 def training(name, flags) -> dict:
     command = [sys.executable, "-m", "benchmarks.long_context", f"--workdir={flags.workdir}", f"--one={name}"]
     command += [f"--steps={flags.steps}", f"--layers={flags.layers}"]
-    subprocess.run(command, cwd=record.ROOT, check=True, env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    # One large piece of memory from the start: grown piece by piece it is too fragmented for a step's activations.
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+    subprocess.run(command, cwd=record.ROOT, check=True, env=env)
     folder = flags.workdir / name.replace(", ", "-").replace(" ", "-")
     rows = read_metrics(folder / "metrics.jsonl")
     memory = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
