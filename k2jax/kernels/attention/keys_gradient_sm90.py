@@ -12,7 +12,6 @@ of a block, D blocks, Z = B * G * D, N keys of a warpgroup, W warpgroups, Q rows
 
 import functools
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,35 +19,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, padded, slot_of, wait_free
+from k2jax.kernels.attention.key_heads import KeyHeads
+from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, slot_of, wait_free
 
 KEYS = 64  # of a warpgroup
 UNIT = KEYS * CONSUMERS
 ROWS = 64  # of a step
 SLOTS = 3
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-class KeyHeads(NamedTuple):
-    """Some key heads of some batch rows: `num_heads` of them from `head` on in each of `num_rows` from `batch` on.
-
-    They follow each other: either there is one batch row, or they are all of a row's.
-    """
-
-    batch: jax.Array | int
-    head: jax.Array | int
-    num_rows: int
-    num_heads: int
-    all_heads: int
-
-    def first_block(self, num_blocks):
-        """The number (b * G + g) * D + n of their first block, of `num_blocks` for each head."""
-        return (self.batch * self.all_heads + self.head) * num_blocks
-
-    def first_query(self, q_BTHK):
-        """The place (b * H + h) * T of their first query in a vector of all."""
-        H = q_BTHK.shape[2]
-        return (self.batch * H + self.head * (H // self.all_heads)) * padded(q_BTHK.shape[1])
 
 
 def keys_gradient(

@@ -40,13 +40,14 @@ def readers(start_BT, position_B, num_keys, plan) -> Readers:
     return Readers(*(x.reshape(-1).astype(jnp.int32) for x in (first_BU, count_BU, position_B)))
 
 
-def own_keys_gradient(scale, plan, most, readers, start_B1T, own, k_ZSK, v_ZSV, *, interpret: Any = None):
+def own_keys_gradient(scale, plan, most, readers, start_B1T, own, k_ZSK, v_ZSV, *, dtype=None, interpret: Any = None):
     """dk and dv from rows at consecutive positions.
 
     Args:
       scale, plan, start_B1T, k_ZSK, v_ZSV: as in `tiles_tpu.attend`.
       most: the most tiles of rows that read one unit.
       own: (q_XTK, dout_XTV, lse_XT, delta_XT), as `tiles_tpu.rows_gradient` takes them.
+      dtype: of the results; None for that of the keys.
 
     Returns: dk_ZSK, dv_ZSV.
     """
@@ -82,13 +83,15 @@ def own_keys_gradient(scale, plan, most, readers, start_B1T, own, k_ZSK, v_ZSV, 
             *(pl.BlockSpec((1, N, x.shape[2]), keys_at) for x in (k_ZSK, v_ZSV)),
         ],
         out_specs=[pl.BlockSpec((1, N, x.shape[2]), keys_at) for x in (k_ZSK, v_ZSV)],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_ZSK, v_ZSV)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, dtype or x.dtype) for x in (k_ZSK, v_ZSV)],
         semantics=("parallel", "parallel", "arbitrary"),
         interpret=interpret,
     )
 
 
-def chosen_keys_gradient(scale, plan, block_Y, used_1, first_block, num_blocks, chosen, k_WCK, v_WCV, *, interpret=None):
+def chosen_keys_gradient(
+    scale, plan, block_Y, used_1, first_block, num_blocks, chosen, k_WCK, v_WCV, *, interpret=None
+):
     """dk and dv from gathered rows, every tile of which reads one block.
 
     Args:

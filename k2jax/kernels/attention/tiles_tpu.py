@@ -59,8 +59,7 @@ def own_tiles(start_BT, position_B, num_rows, plan) -> Tiles:
       start_BT: first key of each row, rising, in whole tiles; what is behind `num_rows` is no row.
       position_B: of the first row among the keys.
     """
-    B, T = start_BT.shape
-    L, N = plan.rows, plan.keys
+    T, L, N = start_BT.shape[1], plan.rows, plan.keys
     row_Y = jnp.arange(0, T, L, dtype=jnp.int32)
     position_BY = position_B[:, None] + row_Y
     first_BY = start_BT[:, ::L] // N

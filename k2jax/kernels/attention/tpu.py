@@ -7,7 +7,7 @@ either. T and S are rounded up to whole steps inside.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def _backward(settings, saved, cotangents):
     q_XTK, k_ZSK, v_ZSV, out_XTV, lse_XT, own = saved
     rows = rows_of(shape, q_XTK, out_XTV, lse_XT, cotangents[0])
     dq_XTK = rows_gradient(scale, shape.plan, own.tiles, *rows, k_ZSK, v_ZSV, interpret=interpret)
-    return dq_XTK, *own_keys(scale, shape, own, rows, k_ZSK, v_ZSV, interpret), None
+    return dq_XTK, *own_keys(scale, shape, own, rows, k_ZSK, v_ZSV, interpret=interpret), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -160,7 +160,7 @@ def rows_of(shape: OwnShape, q_XTK, out_XTV, lse_XT, dout_XTV):
     return q_XTK, dout_XTV.astype(q_XTK.dtype), lse_XT, delta_XT
 
 
-def own_keys(scale, shape: OwnShape, own: Own, rows, k_ZSK, v_ZSV, interpret: Any):
-    """dk_ZSK, dv_ZSV from rows that read their own block."""
+def own_keys(scale, shape: OwnShape, own: Own, rows, k_ZSK, v_ZSV, **options):
+    """dk_ZSK, dv_ZSV from rows that read their own block; options as of `own_keys_gradient`."""
     arguments = (own.readers, own.tiles.start_B1T, rows, k_ZSK, v_ZSV)
-    return own_keys_gradient(scale, shape.plan, shape.tiles_per_unit, *arguments, interpret=interpret)
+    return own_keys_gradient(scale, shape.plan, shape.tiles_per_unit, *arguments, **options)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from k2jax.kernels.attention.keys_gradient_sm90 import KeyHeads, keys_gradient
+from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.reference import query_positions
 from k2jax.kernels.attention.sm90 import at_positions, needs_positions, own_rows, starts_at, whole_groups
 from k2jax.kernels.attention.sm90 import refusal as attention_refusal
@@ -28,6 +28,16 @@ from k2jax.kernels.attention.tiles_sm90 import TILE, Starts, attend, padded, row
 from k2jax.kernels.moba.blocks import Attended, Residuals, layout
 from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN, choose_blocks_sm90
 from k2jax.kernels.moba.grouping import group, num_tiles
+from k2jax.kernels.moba.pairs import (
+    by_heads,
+    choose_by_xla,
+    gather,
+    join,
+    largest,
+    mean_keys,
+    place_of_keys,
+    selection,
+)
 from k2jax.kernels.moba.routing import history_blocks
 
 MAX_BLOCKS = 63  # Partial results of a query, each gathered back on its own.
@@ -73,14 +83,7 @@ def moba_attention(
     out_BTHV, lse_BHT, max_BH, winner_BHJT = _attention(settings, q_BTHK, k_BSGK, v_BSGV, packed)
     position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset)[:, :T], (B, T))
     own_BT = at_positions(jnp.broadcast_to(where.block_id_BS, (B, S)), position_BT)
-    own_BHT1 = jnp.broadcast_to(own_BT[:, None, :, None], (B, H, T, 1))
-    earlier_BHTJ = winner_BHJT[..., :T].swapaxes(2, 3)
-    if J:
-        name = jax.vmap(lambda block_id_N, winner_HTJ: block_id_N[jnp.maximum(winner_HTJ, 0)])
-        block_id_BN = jnp.broadcast_to(history.block_id_BN, (B, num_blocks))
-        earlier_BHTJ = jnp.where(earlier_BHTJ < 0, -1, name(block_id_BN, earlier_BHTJ))
-    earlier_BHTJ = jnp.pad(earlier_BHTJ, ((0, 0),) * 3 + ((0, top_k - 1 - J),), constant_values=-1)
-    selected_BHTJ = jnp.concatenate([own_BHT1, earlier_BHTJ], axis=-1)
+    selected_BHTJ = selection(winner_BHJT[..., :T], own_BT, history.block_id_BN, top_k)
     return Attended(out_BTHV[:, :T], Residuals(lse_BHT[..., :T], max_BH, selected_BHTJ))
 
 
@@ -100,11 +103,7 @@ def _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset):
     where, (first_BS, count_BS) = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, S)), (where, tuple(candidates)))
     start_BN = jnp.broadcast_to(history.start_BN, (B, N))
     end_BS = first_BS + count_BS
-    # A key's own block is the next one behind its candidates, if it may be chosen at all.
-    start_or_none_BN = jnp.pad(start_BN, ((0, 0), (0, 1)), constant_values=-1)
-    next_BS = jnp.take_along_axis(start_or_none_BN, jnp.minimum(end_BS, N), axis=1)
-    inside_BS = jnp.arange(S, dtype=jnp.int32) - where.block_start_BS
-    place_BS = jnp.where(next_BS == where.block_start_BS, end_BS * place + inside_BS, N * place)
+    place_BS = place_of_keys(where, start_BN, end_BS, place)
     place_BS = jnp.pad(place_BS, ((0, 0), (0, k_BSGK.shape[1] - S)), constant_values=N * place)
     position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset), (B, T))
     first_BT, end_BT = (at_positions(x, position_BT) for x in (first_BS, end_BS))
@@ -146,6 +145,7 @@ def _attention(settings, q_BTHK, k_BSGK, v_BSGV, packed):
 def _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed):
     scale, T = settings.scale, q_BTHK.shape[1]
     own_block, far_block, own_options, far_options = _call(settings, packed, k_BSGK.shape[1])
+    per_query = functools.partial(_per_query, T=T)
     far = [_far(settings, x, packed) for x in (k_BSGK, v_BSGV)]
     winner_BHJT = _choose(settings, q_BTHK, far[0], packed)
     out_BTHV, lse_BHT, max_BHT = attend(scale, own_block, q_BTHK, k_BSGK, v_BSGV, **own_options)
@@ -156,13 +156,14 @@ def _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed):
         q_PK = _gather_queries(q_BTHK, groups.row_P, heads)
         tables = (heads.first_block(settings.table_blocks) + groups.block_Y, groups.used_1)
         out_PV, lse_P, max_P = attend(scale, far_block, q_PK, *far, *tables, **far_options)
-        out_BTHV, lse_BHT = _join(out_BTHV, lse_BHT, out_PV, lse_P, groups.place_BHJT)
-        max_BH = jnp.maximum(max_BH, _largest(settings, max_P, groups.row_P, winner_BHJT.shape))
+        out_BTHV, lse_BHT = join(out_BTHV, lse_BHT, out_PV, lse_P, groups.place_BHJT, per_query)
+        max_BH = jnp.maximum(max_BH, largest(max_P, groups.row_P, winner_BHJT.shape, settings.R, TILE))
         return out_BTHV, lse_BHT, max_BH
 
     if settings.J:
         own = (out_BTHV, lse_BHT, max_BH)
-        out_BTHV, lse_BHT, max_BH = _by_heads(settings, join_chosen, q_BTHK, k_BSGK, winner_BHJT, own, (2, 1, 1))
+        few = _few_heads(settings, q_BTHK, k_BSGK)
+        out_BTHV, lse_BHT, max_BH = by_heads(join_chosen, *few, winner_BHJT, own, (2, 1, 1))
     lse_BHT = lse_BHT[..., :T]
     saved = (q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, winner_BHJT, packed)
     return (out_BTHV, lse_BHT, max_BH, winner_BHJT), saved
@@ -180,7 +181,7 @@ def _backward(settings, saved, cotangents):
     def add_chosen(heads, winner_BHJT, dq_BTHK, dk_BSGK, dv_BSGV):
         del dk_BSGK, dv_BSGV  # All of these is computed here.
         groups = _groups(settings, winner_BHJT, packed)
-        row_P = jnp.where(groups.row_P < 0, 0, heads.first_query(q_BTHK) + groups.row_P)
+        row_P = jnp.where(groups.row_P < 0, 0, heads.first_query(q_BTHK.shape[2], padded(T)) + groups.row_P)
         chosen = (
             _gather_queries(q_BTHK, groups.row_P, heads),
             _gather_queries(dout_BTHV, groups.row_P, heads),
@@ -191,7 +192,7 @@ def _backward(settings, saved, cotangents):
         dq_PK = rows_gradient(scale, far_block, *chosen, *far, *tables, **far_options)
         sum_BTHK = dq_BTHK.astype(jnp.float32)
         for j in range(settings.J):
-            sum_BTHK += _gather(dq_PK, _per_query(groups.place_BHJT, j, T))
+            sum_BTHK += gather(dq_PK, _per_query(groups.place_BHJT[:, :, j], T))
         together = own if packed is None else None
         options = {"heads": heads, "interpret": settings.interpret}
         keys = keys_gradient(scale, far_block, together, *far, chosen, groups.span_Z2, **options)
@@ -199,7 +200,8 @@ def _backward(settings, saved, cotangents):
 
     gradients = (dq_BTHK, *map(jnp.zeros_like, far))
     if settings.J:
-        gradients = _by_heads(settings, add_chosen, q_BTHK, k_BSGK, winner_BHJT, gradients, (2, 2, 2))
+        few = _few_heads(settings, q_BTHK, k_BSGK)
+        gradients = by_heads(add_chosen, *few, winner_BHJT, gradients, (2, 2, 2))
     if settings.J and packed is None:
         return *gradients, None
     options = {name: x for name, x in own_options.items() if name != "num_sms"}
@@ -221,38 +223,9 @@ def _call(settings, packed, S):
 _attention.defvjp(_forward, _backward)
 
 
-def _by_heads(settings, fn, q_BTHK, k_BSGK, winner_BHJT, results, axes):
-    """results after fn(heads, winner, *results) on the parts of a few key heads at a time.
-
-    axes: where every result has its heads; batch rows are on axis 0. As many heads are taken at a time as have at most
-    PAIRS pairs; where that is more than a batch row has, whole batch rows.
-    """
-    (B, T), G = q_BTHK.shape[:2], k_BSGK.shape[2]
-    most = max(1, PAIRS // (settings.J * T * settings.R))
-    num_heads = max(n for n in range(1, G + 1) if G % n == 0 and n <= most)
-    num_rows = max(n for n in range(1, B + 1) if B % n == 0 and n <= max(1, most // G))
-    steps = (B // num_rows) * (G // num_heads)
-
-    def step(i, results):
-        batch, head = i // (G // num_heads), i % (G // num_heads)
-        heads = KeyHeads(batch * num_rows, head * num_heads, num_rows, num_heads, G)
-
-        def start_and_size(x, axis):
-            share = x.shape[axis] // G
-            start, size = [0] * x.ndim, list(x.shape)
-            start[0], start[axis] = heads.batch, heads.head * share
-            size[0], size[axis] = num_rows, num_heads * share
-            return start, size
-
-        parts = [jax.lax.dynamic_slice(x, *start_and_size(x, a)) for x, a in zip(results, axes, strict=True)]
-        winner_part = jax.lax.dynamic_slice(winner_BHJT, *start_and_size(winner_BHJT, 1))
-        new = fn(heads, winner_part, *parts)
-        return tuple(
-            jax.lax.dynamic_update_slice(x, y, start_and_size(x, a)[0])
-            for x, y, a in zip(results, new, axes, strict=True)
-        )
-
-    return step(0, results) if steps == 1 else jax.lax.fori_loop(0, steps, step, results)
+def _few_heads(settings, q_BTHK, k_BSGK):
+    """How many key heads have at most PAIRS pairs, and how many there are."""
+    return max(1, PAIRS // (settings.J * q_BTHK.shape[1] * settings.R)), k_BSGK.shape[2]
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------
@@ -287,36 +260,13 @@ def _choose(settings, q_BTHK, far_BSGK, packed):
         far_BSGK = jnp.pad(far_BSGK, ((0, 0), (0, N * C - T), (0, 0), (0, 0)))
     else:
         first_BT, end_BT = packed.first_BT, packed.end_BT
-    mean_BNGK = jnp.mean(far_BSGK.reshape(B, N, -1, *far_BSGK.shape[2:])[:, :, :C], axis=2, dtype=jnp.float32)
-    # Rounded, as the official code does before the product.
-    mean_BNGK = mean_BNGK.astype(far_BSGK.dtype)
+    mean_BNGK = mean_keys(far_BSGK.reshape(B, N, -1, *far_BSGK.shape[2:])[:, :, :C])
     if settings.J > MAX_CHOSEN:
-        winner_BHJT = _choose_by_xla(q_BTHK, mean_BNGK, settings.J, first_BT, end_BT)
+        winner_BHJT = choose_by_xla(q_BTHK, mean_BNGK, settings.J, first_BT, end_BT, TILE)
     else:
         options = {"num_sms": settings.num_sms, "interpret": settings.interpret}
         winner_BHJT = choose_blocks_sm90(q_BTHK, mean_BNGK, settings.J, first_BT, end_BT, **options)
     return jnp.where(jnp.arange(winner_BHJT.shape[-1]) < settings.num_tokens, winner_BHJT, -1)
-
-
-def _choose_by_xla(q_BTHK, mean_BNGK, J, first_BT, end_BT):
-    """The same for any J, a tile of queries at a time; `lax.top_k` has the lowest block first among equals, too."""
-    (B, T, H, K), (N, G) = q_BTHK.shape, mean_BNGK.shape[1:3]
-    missing = padded(T) - T
-
-    def tiles(x_BT):
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, missing)) + ((0, 0),) * (x_BT.ndim - 2))
-        return jnp.moveaxis(x_BT.reshape(B, -1, TILE, *x_BT.shape[2:]), 1, 0)
-
-    def choose(xs):
-        q_BLGRK, first_BL, end_BL = xs
-        score_BGRLN = jnp.einsum("blgrk,bngk->bgrln", q_BLGRK, mean_BNGK, preferred_element_type=jnp.float32)
-        block_N = jnp.arange(N)
-        candidate_BLN = (block_N >= first_BL[..., None]) & (block_N < end_BL[..., None])
-        best, winner_BGRLJ = jax.lax.top_k(jnp.where(candidate_BLN[:, None, None], score_BGRLN, -jnp.inf), J)
-        return jnp.where(best > -jnp.inf, winner_BGRLJ, -1)
-
-    winner_YBGRLJ = jax.lax.map(choose, (tiles(q_BTHK.reshape(B, T, G, H // G, K)), tiles(first_BT), tiles(end_BT)))
-    return winner_YBGRLJ.transpose(1, 2, 3, 5, 0, 4).reshape(B, H, J, -1)
 
 
 def _groups(settings, winner_BHJT, packed):
@@ -327,47 +277,14 @@ def _groups(settings, winner_BHJT, packed):
     return group(winner_BHJT, settings.R, D, TILE, tiles)
 
 
-def _join(out_BTHV, lse_BHT, out_PV, lse_P, place_BHJT):
-    """Weighs the partial results of each query by their share of the whole softmax, its own block's first."""
-    T = out_BTHV.shape[1]
-
-    def weight_of(lse_BHT):
-        return jnp.exp(lse_BHT - joined_BHT)[..., :T].swapaxes(1, 2)[..., None]
-
-    lse_BHJT = lse_P.at[place_BHJT].get(mode="fill", fill_value=-jnp.inf)
-    top_BHT = jnp.maximum(lse_BHT, jnp.max(lse_BHJT, axis=2))
-    sum_BHT = jnp.exp(lse_BHT - top_BHT) + jnp.sum(jnp.exp(lse_BHJT - top_BHT[:, :, None]), axis=2)
-    joined_BHT = top_BHT + jnp.log(sum_BHT)
-    sum_BTHV = out_BTHV * weight_of(lse_BHT)
-    for j in range(place_BHJT.shape[2]):  # one choice at a time: never all partial results side by side
-        sum_BTHV += _gather(out_PV, _per_query(place_BHJT, j, T)) * weight_of(lse_BHJT[:, :, j])
-    return sum_BTHV.astype(out_BTHV.dtype), joined_BHT
-
-
-def _largest(settings, max_P, row_P, winner_shape):
-    """The largest logit of each query head. A tile's queries are of one key head, so all but a few steps are dense."""
-    (B, H, _, T), R = winner_shape, settings.R
-    max_YL, row_YL = max_P.reshape(-1, TILE), row_P.reshape(-1, TILE)
-    head_R11 = jnp.arange(R)[:, None, None]
-    max_RY = jnp.max(jnp.where((row_YL >= 0) & (row_YL // T % R == head_R11), max_YL, -jnp.inf), axis=-1)
-    key_head_Y = jnp.max(row_YL, axis=1) // (T * R)  # -1 for a tile that is empty
-    is_key_head_XY = key_head_Y == jnp.arange(B * H // R)[:, None]
-    return jnp.max(jnp.where(is_key_head_XY[:, None], max_RY, -jnp.inf), axis=-1).reshape(B, H)
-
-
 def _gather_queries(x_BTHE, row_P, heads):
     """Rows of x as `Groups.row_P` numbers the queries of these heads: [P, E]."""
     B, T, H, E = x_BTHE.shape
-    head_P, t_P = jnp.divmod(heads.first_query(x_BTHE) + row_P, padded(T))
+    head_P, t_P = jnp.divmod(heads.first_query(H, padded(T)) + row_P, padded(T))
     # B rows of T * H queries: head_P counts batch and head.
     index_P = (head_P // H * T + t_P) * H + head_P % H
-    return _gather(x_BTHE.reshape(B * T * H, E), jnp.where(row_P < 0, -1, index_P))
+    return gather(x_BTHE.reshape(B * T * H, E), jnp.where(row_P < 0, -1, index_P))
 
 
-def _per_query(place_BHJT, j, T):
-    return place_BHJT[:, :, j, :T].swapaxes(1, 2)
-
-
-def _gather(x_PE, place):
-    """Rows of x; zeros where the place is none, be it negative or behind the end: what lies there is undefined."""
-    return x_PE.at[jnp.where(place < 0, x_PE.shape[0], place)].get(mode="fill", fill_value=0)
+def _per_query(x_BHT, T):
+    return x_BHT[..., :T].swapaxes(1, 2)
