@@ -17,17 +17,22 @@ from k2jax.kernels.attention import IMPLEMENTATIONS as FULL_ATTENTION
 from k2jax.kernels.attention import cannot_run_sm90, check_shapes, unmeasured
 from k2jax.kernels.attention import choose as choose_full_attention
 from k2jax.kernels.hopper import CannotRun
-from k2jax.kernels.moba import reference, sm90, xla
+from k2jax.kernels.moba import reference, sm90, tpu, xla
 from k2jax.kernels.moba.blocks import Attended, Residuals
 from k2jax.kernels.moba.decode import Pages, append, empty_pages, moba_decode
 from k2jax.kernels.partition import attend_over_mesh
+from k2jax.kernels.tpu import not_tpu, unproven
 
 __all__ = ["Pages", "Residuals", "append", "empty_pages", "moba_attention", "moba_attention_plan", "moba_decode"]
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = {"reference": reference.moba_attention, "xla": xla.moba_attention, "sm90": sm90.moba_attention}
-NOT_BUILT = {"tpu": "the Pallas kernel for TPUs"}
+IMPLEMENTATIONS = {
+    "reference": reference.moba_attention,
+    "xla": xla.moba_attention,
+    "sm90": sm90.moba_attention,
+    "tpu": tpu.moba_attention,
+}
 
 
 def moba_attention(
@@ -64,8 +69,8 @@ def moba_attention(
         be longer than full.
       return_residuals: also return `Residuals(lse_BHT, max_logit_BH, selected_BHTJ)`, none with a gradient.
       implementation: 'reference' (T x S memory), 'xla' (any platform, memory by S x top_k), 'sm90' (Hopper GPUs),
-        or None, which chooses by size and device, takes full attention where it is the same function, and logs
-        the choice once.
+        'tpu' (TPUs, on which it has never run), or None, which chooses by size and device, takes full attention where
+        it is the same function, does not choose 'tpu', and logs the choice once.
 
     Returns:
       [B, T, H, V] in v's dtype, or `(that, Residuals)`.
@@ -73,7 +78,6 @@ def moba_attention(
     Raises:
       ValueError: for shapes that do not fit together, a block size or top_k below 1, or an unknown
         implementation; CannotRun, which is one, for one that cannot do this here.
-      NotImplementedError: for an implementation that is not built yet.
 
     Source: "MoBA: Mixture of Block Attention for Long-Context LLMs" (arXiv 2502.13189), section 2.2,
       equations 2 to 6.
@@ -87,10 +91,8 @@ def moba_attention(
     if implementation is None:
         implementation, why = _choose(q, k, v, segment_ids, q_offset, **call)
         _log_choice(implementation, why, q.shape, k.shape, block_size, top_k)
-    elif implementation == "sm90":
-        reason = _cannot_run_sm90(q, k, v, **call)
-        if reason:
-            raise CannotRun(f"implementation='sm90' cannot run: {reason}")
+    elif reason := _cannot_run(implementation, q, k, v, **call):
+        raise CannotRun(f"implementation={implementation!r} cannot run: {reason}")
     attend = functools.partial(_implementation(implementation), **call)
     if not isinstance(q_offset, int):
         q_offset = jnp.broadcast_to(q_offset, q.shape[:1])
@@ -112,7 +114,7 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
     why = "named by the caller"
     if implementation is None:
         implementation, why = _choose(q, k, v, segment_ids, q_offset, **call)
-    elif implementation == "sm90" and (reason := _cannot_run_sm90(q, k, v, **call)):
+    elif reason := _cannot_run(implementation, q, k, v, **call):
         why = f"named by the caller, but it cannot run: {reason}"
     _implementation(implementation)
     (B, T, H, _), S = q.shape, k.shape[1]
@@ -120,6 +122,8 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
         numbers = xla.working_numbers(q.shape, k.shape, v.shape, block_size, top_k, segment_ids is not None, q_offset)
     elif implementation == "sm90":
         numbers = sm90.working_numbers(q.shape, v.shape, block_size, top_k)
+    elif implementation == "tpu":
+        numbers = tpu.working_numbers(q.shape, k.shape, v.shape, block_size, top_k)
     elif implementation == "full-xla":
         numbers = 2 * B * H * S * min(T, 512)
     elif implementation == "full-sm90":
@@ -146,23 +150,27 @@ def _choose(q, k, v, segment_ids, q_offset, *, block_size, top_k, scale):
             f"{T} queries are fewer than one block of {block_size}: T x S memory is the smaller one",
         )
     call = {"block_size": block_size, "top_k": top_k, "scale": scale}
-    not_sm90 = _cannot_run_sm90(q, k, v, **call) or unmeasured(q)
+    not_sm90 = _cannot_run("sm90", q, k, v, **call) or unmeasured(q)
     if not_sm90:
-        return "xla", f"its memory grows with S * top_k; not 'sm90': {not_sm90}"
+        reason = unproven() or f"not 'sm90': {not_sm90}"
+        return "xla", f"its memory grows with S * top_k; {reason}"
     return "sm90", "a Hopper GPU, and a call that its kernels take"
 
 
-def _cannot_run_sm90(q, k, v, *, block_size, top_k, scale):
-    shapes = (q.shape, k.shape, v.shape)
-    reason = cannot_run_sm90(q, v, scale)
-    return reason or sm90.refusal(*shapes, q.dtype, block_size=block_size, top_k=top_k, scale=scale)
+def _cannot_run(implementation, q, k, v, *, block_size, top_k, scale):
+    """Why the kernels of this name cannot compute this call here, or None."""
+    call = (q.shape, k.shape, v.shape, q.dtype)
+    if implementation == "sm90":
+        reason = cannot_run_sm90(q, v, scale)
+        return reason or sm90.refusal(*call, block_size=block_size, top_k=top_k, scale=scale)
+    if implementation == "tpu":
+        return not_tpu() or tpu.refusal(*call, block_size=block_size, top_k=top_k)
+    return None
 
 
 def _implementation(name):
     if name.removeprefix("full-") in FULL_ATTENTION and name.startswith("full-"):
         return functools.partial(_full_attention, FULL_ATTENTION[name.removeprefix("full-")])
-    if name in NOT_BUILT:
-        raise NotImplementedError(f"implementation={name!r}: {NOT_BUILT[name]} is not built yet; use 'xla' or None")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r} is unknown; use None or one of {sorted(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[name]

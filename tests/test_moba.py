@@ -311,9 +311,9 @@ def test_choice_is_logged_once(caplog):
         ({"top_k": 0}, ValueError, "top_k=0 must be at least 1"),
         ({"block_size": 0}, ValueError, "block_size=0 must be at least 1"),
         ({"q_offset": 1}, ValueError, "leaves the 40 keys"),
-        ({"implementation": "flash"}, ValueError, "'reference', 'sm90', 'xla'"),
+        ({"implementation": "flash"}, ValueError, "'reference', 'sm90', 'tpu', 'xla'"),
         ({"implementation": "sm90"}, ValueError, "'sm90' cannot run: it needs a Hopper GPU"),
-        ({"implementation": "tpu"}, NotImplementedError, "not built yet; use 'xla'"),
+        ({"implementation": "tpu"}, ValueError, "'tpu' cannot run: it needs a TPU"),
     ],
 )
 def test_errors_name_the_argument_and_the_fix(arguments, error, message):

@@ -8,16 +8,22 @@ import logging
 
 import jax.numpy as jnp
 
-from k2jax.kernels.attention import reference, sm90, xla
+from k2jax.kernels.attention import reference, sm90, tpu, xla
 from k2jax.kernels.hopper import CannotRun, not_hopper
 from k2jax.kernels.partition import attend_over_mesh, mesh_axes
+from k2jax.kernels.tpu import not_tpu, unproven
 
 logger = logging.getLogger(__name__)
 
 # Above this, skipping most of the future saves more than computing the logits again in the backward costs.
 REFERENCE_MAX_PAIRS = 2**17
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "sm90": sm90.attention}
+IMPLEMENTATIONS = {
+    "reference": reference.attention,
+    "xla": xla.attention,
+    "sm90": sm90.attention,
+    "tpu": tpu.attention,
+}
 
 
 def attention(
@@ -42,7 +48,8 @@ def attention(
       q_offset: an int, or int32 [B] (may be traced); `q_offset + T <= S` must hold.
       max_logits: also return each head's largest logit, which QK-Clip needs.
       implementation: 'reference' (keeps T x S logits), 'xla' (chunks of queries, recomputed in the backward),
-        'sm90' (Hopper GPUs), or None, which chooses by size and device and logs the choice once.
+        'sm90' (Hopper GPUs), 'tpu' (TPUs, on which it has never run), or None, which chooses by size and device, does
+        not choose 'tpu', and logs the choice once.
 
     Returns:
       out_BTHV in v's dtype, or `(out_BTHV, max_logit_BH)`: float32, signed, after `scale`, over unmasked
@@ -56,15 +63,19 @@ def attention(
     follows Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (arXiv 2112.05682).
     """
     check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset)
-    reason = cannot_run_sm90(q_BTHK, v_BSGV, scale)
     if implementation is None:
-        not_sm90 = reason or unmeasured(q_BTHK)
+        not_sm90 = cannot_run_sm90(q_BTHK, v_BSGV, scale) or unmeasured(q_BTHK)
         implementation, why = choose(q_BTHK.shape, k_BSGK.shape, not_sm90)
         _log_choice(implementation, why, q_BTHK.shape, k_BSGK.shape)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; use None or one of {sorted(IMPLEMENTATIONS)}")
-    if implementation == "sm90" and reason:
-        raise CannotRun(f"implementation='sm90' cannot run: {reason}")
+    reason = None
+    if implementation == "sm90":
+        reason = cannot_run_sm90(q_BTHK, v_BSGV, scale)
+    elif implementation == "tpu":
+        reason = cannot_run_tpu(q_BTHK, k_BSGK, v_BSGV)
+    if reason:
+        raise CannotRun(f"implementation={implementation!r} cannot run: {reason}")
     attend = functools.partial(IMPLEMENTATIONS[implementation], scale=scale)
     if not isinstance(q_offset, int):
         q_offset = jnp.broadcast_to(q_offset, q_BTHK.shape[:1])
@@ -79,7 +90,7 @@ def choose(q_shape, k_shape, not_sm90: str | None) -> tuple[str, str]:
     if pairs <= REFERENCE_MAX_PAIRS:
         return "reference", f"{pairs} pairs of queries and keys are at most {REFERENCE_MAX_PAIRS}"
     if not_sm90:
-        return "xla", f"not 'sm90': {not_sm90}"
+        return "xla", unproven() or f"not 'sm90': {not_sm90}"
     return "sm90", "a Hopper GPU, and a call that its kernels take"
 
 
@@ -93,6 +104,11 @@ def unmeasured(q_BTHK) -> str | None:
 def cannot_run_sm90(q_BTHK, v_BSGV, scale) -> str | None:
     """Why the Hopper kernels cannot compute this call of full attention here, or None."""
     return not_hopper() or sm90.refusal(q_BTHK.shape, v_BSGV.shape, q_BTHK.dtype, scale=scale)
+
+
+def cannot_run_tpu(q_BTHK, k_BSGK, v_BSGV) -> str | None:
+    """Why the TPU kernels cannot compute this call of full attention here, or None."""
+    return not_tpu() or tpu.refusal(q_BTHK.shape, k_BSGK.shape, v_BSGV.shape, q_BTHK.dtype)
 
 
 def check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset):
