@@ -22,11 +22,14 @@ import jax.numpy as jnp
 
 from benchmarks import record
 from k2jax.kernels.attention import sm90 as full_sm90
-from k2jax.kernels.attention.keys_gradient_sm90 import KeyHeads, keys_gradient
+from k2jax.kernels.attention.key_heads import KeyHeads
+from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.reference import causal_mask, masked_attention, query_positions
-from k2jax.kernels.attention.tiles_sm90 import attend, rows_gradient
+from k2jax.kernels.attention.tiles_sm90 import TILE, attend, rows_gradient
 from k2jax.kernels.moba import reference, sm90
 from k2jax.kernels.moba.blocks import layout
+from k2jax.kernels.moba.pairs import join as join_pairs
+from k2jax.kernels.moba.pairs import largest as largest_of_pairs
 
 # name: batch, tokens, query heads, key heads, block size, top k, sizes of keys and values, ends of documents
 CHECKS = {
@@ -230,9 +233,9 @@ def stages(B, T, H, G, C, top_k, K, V) -> dict[str, float]:
     far = jax.jit(functools.partial(attend, SCALE, C))
     found["chosen blocks"] = median_ms(far, q_PK, k, v, groups.block_Y, groups.used_1)
     far_out = far(q_PK, k, v, groups.block_Y, groups.used_1)
-    join = jax.jit(sm90._join)
+    join = jax.jit(functools.partial(join_pairs, per_query=functools.partial(sm90._per_query, T=T)))
     found["join"] = median_ms(join, *own_out[:2], *far_out[:2], groups.place_BHJT)
-    largest = jax.jit(lambda max_P, row_P: sm90._largest(settings, max_P, row_P, winner.shape))
+    largest = jax.jit(lambda max_P, row_P: largest_of_pairs(max_P, row_P, winner.shape, H // G, TILE))
     found["max logits"] = median_ms(largest, far_out[2], groups.row_P)
     _, lse = join(*own_out[:2], *far_out[:2], groups.place_BHJT)
     del far_out

@@ -50,6 +50,7 @@ ON_A_MESH = f"{GROUPS}test_many_devices_tell_what_one_tells_and_leave_the_result
 HOPPER = "tests/test_moba_sm90.py::"
 HOPPER_GATE = f"{HOPPER}test_interpreted_gate_chooses_as_the_definition_does_where_scores_are_equal"
 HOPPER_IS_EXACT = f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type"
+TPU_IS_EXACT = "tests/test_moba_tpu.py::test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type"
 DATA = "tests/test_pipeline.py::"
 MIXTURE = "tests/test_mixture.py::"
 ONE_STEP = "tests/test_step.py::"
@@ -1163,7 +1164,7 @@ KERNELS_MUTANTS = (
     ),
     Mutant(
         "a chosen block's part is weighed as if it were alone",
-        "k2jax/kernels/moba/sm90.py",
+        "k2jax/kernels/moba/pairs.py",
         "weight_of(lse_BHJT[:, :, j])",
         "weight_of(joined_BHT)",
         f"{HOPPER_IS_EXACT}[a tile and a half, grouped heads]",
@@ -1174,6 +1175,48 @@ KERNELS_MUTANTS = (
         "index_P = (head_P // H * T + t_P) * H + head_P % H",
         "index_P = (head_P // H * T + t_P) * H",
         f"{HOPPER_IS_EXACT}[a tile and a half, grouped heads]",
+    ),
+    Mutant(
+        "the TPU kernel hides a query's own key",
+        "k2jax/kernels/attention/tiles_tpu.py",
+        "(key_LN <= _iota(shape, 0, position))",
+        "(key_LN < _iota(shape, 0, position))",
+        f"{TPU_IS_EXACT}[full]",
+    ),
+    Mutant(
+        "a tile on a TPU reads one step of keys too few",
+        "k2jax/kernels/attention/tiles_tpu.py",
+        "last_BY // N + 1 - first_BY, 0)",
+        "jnp.maximum(last_BY // N - first_BY, 1), 0)",
+        f"{TPU_IS_EXACT}[full]",
+    ),
+    Mutant(
+        "on a TPU a block's gradient forgets all tiles but its last",
+        "k2jax/kernels/attention/keys_gradient_tpu.py",
+        "is_first = (y == 0) | (block_Y[jnp.maximum(y - 1, 0)] != block)",
+        "is_first = y >= 0",
+        f"{TPU_IS_EXACT}[a tile and a half, grouped heads]",
+    ),
+    Mutant(
+        "empty places of a TPU's tiles send gradients back",
+        "k2jax/kernels/moba/tpu.py",
+        "lse_P = jnp.where(row_P < 0, jnp.inf, lse_XT.reshape(-1)[place_P])",
+        "lse_P = jnp.where(row_P < 0, jnp.nan, lse_XT.reshape(-1)[place_P])",
+        f"{TPU_IS_EXACT}[a tile and a half, grouped heads]",
+    ),
+    Mutant(
+        "a block that nobody chose keeps what its memory held",
+        "k2jax/kernels/moba/tpu.py",
+        "was_chosen_W11 = groups.span_Z2[:, 1, None, None] > 0",
+        "was_chosen_W11 = groups.span_Z2[:, 1, None, None] >= 0",
+        f"{TPU_IS_EXACT}[a tile and a half, grouped heads]",
+    ),
+    Mutant(
+        "None takes the kernels that never ran on a TPU without a word",
+        "k2jax/kernels/tpu.py",
+        "return None if not_tpu() else",
+        "return None if not not_tpu() else",
+        "tests/test_moba_tpu.py::test_none_does_not_take_on_a_tpu_what_never_ran_on_one_and_says_its_name",
     ),
     Mutant(
         "a page keeps the keys' sum of its last owner",
