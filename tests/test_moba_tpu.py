@@ -35,13 +35,14 @@ OWN = {
     "heads of 256": (1, 300, 2, 1, 256, 256, 128, 2, "bfloat16", 2**21),
     "blocks of two steps": (1, 1500, 1, 1, 64, 64, 600, 2, "bfloat16", 2**21),
     "the most choices": (1, 4200, 1, 1, 64, 64, 64, 64, "bfloat16", 2**21),
+    "full, several tiles": (1, 1100, 2, 1, 64, 64, None, None, "bfloat16", None),
     "full, heads of 256": (1, 600, 1, 1, 256, 256, None, None, "float32", None),
 }
 ATTENDS = {
     name: tuple("float32" if x == "float16" else x for x in case)
     for name, case in (test_moba_sm90.ATTENDS | OWN).items()
 }
-QUICK = {"a tile and a half, grouped heads", "full"}
+QUICK = {"a tile and a half, grouped heads", "full, several tiles"}
 # float32 has no rounded version to be measured against: its own roundings are a few units of 2**-24.
 EXACT_ERROR = 2e-6
 

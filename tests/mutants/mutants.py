@@ -1181,14 +1181,14 @@ KERNELS_MUTANTS = (
         "k2jax/kernels/attention/tiles_tpu.py",
         "(key_LN <= _iota(shape, 0, position))",
         "(key_LN < _iota(shape, 0, position))",
-        f"{TPU_IS_EXACT}[full]",
+        f"{TPU_IS_EXACT}[full, several tiles]",
     ),
     Mutant(
         "a tile on a TPU reads one step of keys too few",
         "k2jax/kernels/attention/tiles_tpu.py",
         "last_BY // N + 1 - first_BY, 0)",
         "jnp.maximum(last_BY // N - first_BY, 1), 0)",
-        f"{TPU_IS_EXACT}[full]",
+        f"{TPU_IS_EXACT}[full, several tiles]",
     ),
     Mutant(
         "on a TPU a block's gradient forgets all tiles but its last",
