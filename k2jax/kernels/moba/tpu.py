@@ -109,12 +109,15 @@ def moba_attention(q_BTHK, k_BSGK, v_BSGV, *, block_size, top_k, scale, segment_
 
 def working_numbers(q_shape, k_shape, v_shape, block_size, top_k):
     """An estimate of the numbers of 32 bits that the backward holds beyond inputs and outputs."""
-    (B, T, H, K), G, V = q_shape, k_shape[2], v_shape[3]
+    (B, T, H, K), (S, G), V = q_shape, k_shape[1:3], v_shape[3]
+    K, V = (-(-size // LANES) * LANES for size in (K, V))  # A TPU keeps whole lanes.
     chosen = _chosen(q_shape, k_shape, block_size, top_k, None)
     all_pairs = B * H * T * chosen.J
     # Gathered q and dout and the parts of dq at 16 bits; for each of all pairs its winner, of those at hand six more.
     pairs = min(all_pairs, max(PAIRS, all_pairs // (B * G)))
-    return pairs * (2 * K + V) // 2 + 6 * pairs + all_pairs + B * H * T * (2 * K + V + 4)
+    of_pairs = pairs * (2 * K + V) // 2 + 6 * pairs + all_pairs
+    # Copies of all arrays with heads first, at 16 bits, and sums over the pairs of a query or key at 32.
+    return of_pairs + (B * H * T + B * G * S) * 2 * (K + V)
 
 
 class Chosen(NamedTuple):
