@@ -284,12 +284,12 @@ def plot():
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, what in zip(axes, ("forward", "forward + backward"), strict=True):
         for label in ("k2jax MoBA", "k2jax dense", "cuDNN", "tokamax", "flash-attn3-jax"):
-            rows = sorted((CASES[n][1], data["milliseconds"][n].get(label, {}).get(what)) for n in CURVE)
-            rows = [(T, ms) for T, ms in rows if ms]
+            rows = [(CASES[n][1], data["milliseconds"].get(n, {}).get(label, {}).get(what)) for n in CURVE]
+            rows = sorted((T, ms) for T, ms in rows if ms)
             axis.loglog(*zip(*rows, strict=True), "o-" if "MoBA" in label else ".--", label=label)
         axis.set_xlabel("tokens")
         axis.set_ylabel("milliseconds")
-        axis.set_title(f"{what}: 2 x 16 heads, D=128, B=128, k=8, {data['hardware']}", fontsize=9)
+        axis.set_title(f"{what}, 2 x 16 heads, B=128, k=8, {data['hardware']}", fontsize=8)
         axis.grid(alpha=0.3)
         axis.legend()
     path = record.ROOT / "docs" / "images" / "moba_curve.png"

@@ -50,7 +50,7 @@ ROOMS = (
     Room("Sampling without a cache", "k2jax/inference"),
     Room("MoBA for Hopper (Pallas)", "k2jax/kernels/moba/sm90.py", (), ("moba",)),
     Room("Full attention for Hopper (Pallas)", "k2jax/kernels/attention/sm90.py", (), ("moba",)),
-    Room("MoBA kernel for TPU (Pallas)", "k2jax/kernels/moba/tpu.py"),
+    Room("MoBA and full attention for TPU (Pallas)", "k2jax/kernels/moba/tpu.py"),
     Room("Ahead-of-time compilation for pods", "k2jax/aot.py"),
     Room("Released checkpoints (Hugging Face)", "k2jax/hf"),
     Room("Agentic synthesis, RL, evaluation", "k2jax/rl"),
