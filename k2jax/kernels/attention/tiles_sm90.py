@@ -377,7 +377,6 @@ def _attend_kernel(
     max_WQ, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
 ):  # fmt: skip
     wg = lax.axis_index("wg")
-    V, N, slots, dtype = v_BSGV.shape[-1], work.step, q_RWQK.shape[0], q.dtype
 
     @pl.when(wg == PRODUCER)
     def _produce():
@@ -386,87 +385,19 @@ def _attend_kernel(
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, v_full, v_empty)]
         _stream(work, table, table_2, [(q, q_RWQK)], (q_full, q_empty), keys)
 
-    # The warpgroups take turns at handing products to the tensor cores, so that one is at its exponentials meanwhile.
-    def pass_turn():
-        plgpu.barrier_arrive(turn.at[1 - wg])
-
     @pl.when(wg < CONSUMERS)
     def _consume():
         plgpu.set_max_registers(232, action="increase")
-        pl.when(wg == 1)(pass_turn)
+        pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+        ring = _KeyRing(k_RNK, v_RNV, k_full, k_empty, v_full, v_empty)
 
         def one(here, tile, so_far):
-            q_slot = slot_of(here, slots)
+            q_slot = slot_of(here, q_RWQK.shape[0])
             plgpu.barrier_wait(q_full.at[q_slot])
-
-            def multiply(i, s_QN, weighted=None):
-                """Adds the logits of step i to s, and to a sum (sum_QV, p_QN) what p weighs of the values before it.
-
-                One after the other on the tensor cores, with nothing to do in between.
-                """
-                slot, before = slot_of(so_far + i), slot_of(so_far + i - 1)
-                plgpu.barrier_wait(k_full.at[slot])
-                if weighted is not None:
-                    sum_QV, p_QN = weighted
-                    plgpu.wgmma(sum_QV, p_QN, v_RNV.at[before])
-                plgpu.wgmma(s_QN, q_RWQK.at[q_slot, wg], k_RNK.at[slot].transpose((1, 0)))
-                pass_turn()
-                if weighted is not None:
-                    plgpu.wgmma_wait(1)
-                    plgpu.barrier_arrive(v_empty.at[before])
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(k_empty.at[slot])
-
-            def soften(i, carry, masked):
-                """p of step i, and what was summed so far on its scale. The other warpgroup multiplies meanwhile."""
-                s_QN, acc_QV, max_Q, sum_Q = carry
-                if masked:
-                    s_QN = jnp.where(tile.sees(s_QN.shape, wg * ROWS, i), s_QN, -jnp.inf)
-                new_Q = jnp.maximum(max_Q, s_QN.max(axis=1))
-                if masked:  # A row that sees no key yet has no difference of infinities.
-                    new_Q = jnp.maximum(new_Q, LOWEST)
-                faded_Q = jnp.exp2((max_Q - new_Q) * (scale * LOG2E))
-                p_QN = jnp.exp2(s_QN * (scale * LOG2E) - _over(new_Q * (scale * LOG2E), s_QN.shape))
-                sum_Q = sum_Q * faded_Q + p_QN.sum(axis=1)
-                acc_QV = acc_QV * _over(faded_Q, acc_QV.shape)
-                # The compiler would otherwise move arithmetic past the barriers, into the other one's turn.
-                p_QN, acc_QV, new_Q, sum_Q = lax.optimization_barrier((p_QN.astype(dtype), acc_QV, new_Q, sum_Q))
-                plgpu.barrier_wait(v_full.at[slot_of(so_far + i)])
-                plgpu.barrier_wait(turn.at[wg])
-                return p_QN, acc_QV, new_Q, sum_Q
-
-            def kv_step(i, carry, masked):
-                p_QN, acc_QV, max_Q, sum_Q = soften(i, carry, masked)
-
-                def products(refs):
-                    sum_QV, s_QN = refs
-                    multiply(i + 1, s_QN, (sum_QV, p_QN))
-
-                no_logits = _filled(0.0, (ROWS, N), plgpu.Layout.WGMMA)
-                acc_QV, s_QN = pl.run_state(products)((plgpu.ACC.init(acc_QV), plgpu.ACC.init(no_logits)))
-                return s_QN, acc_QV, max_Q, sum_Q
-
-            def first_logits(s_QN):
-                plgpu.barrier_wait(turn.at[wg])
-                multiply(0, s_QN)
-                return s_QN[...]
-
-            s_QN = pl.run_scoped(first_logits, plgpu.ACC((ROWS, N), jnp.float32))
-            nothing = _filled(0.0, (ROWS, V), plgpu.Layout.WGMMA)
-            carry = (s_QN, nothing, _filled(-jnp.inf, (ROWS,), ROW), _filled(0.0, (ROWS,), ROW))
-            last = tile.steps - 1
-            carry = _over_keys(tile, wg * ROWS, carry, kv_step, last)
-            plgpu.barrier_arrive(q_empty.at[q_slot])
-            p_QN, acc_QV, max_Q, sum_Q = soften(last, carry, tile.sees is not None)
-
-            def last_product(sum_QV):
-                plgpu.wgmma(sum_QV, p_QN, v_RNV.at[slot_of(so_far + last)])
-                pass_turn()
-
-            acc_QV = pl.run_state(last_product)(plgpu.ACC.init(acc_QV))
-            plgpu.barrier_arrive(v_empty.at[slot_of(so_far + last)])
+            rows = (wg, q_RWQK.at[q_slot, wg], q_empty.at[q_slot])
+            acc_QV, max_Q, sum_Q = _attend_tile(tile, so_far, rows, ring, turn, scale)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_WQV.at[wg][...] = (acc_QV * _over(1.0 / sum_Q, acc_QV.shape)).astype(dtype)
+            out_WQV.at[wg][...] = (acc_QV * _over(1.0 / sum_Q, acc_QV.shape)).astype(q.dtype)
             lse_WQ.at[wg][...] = max_Q * scale + jnp.log(sum_Q)
             max_WQ.at[wg][...] = max_Q * scale
             plgpu.commit_smem()
@@ -474,8 +405,102 @@ def _attend_kernel(
                 plgpu.copy_smem_to_gmem(buffer.at[wg], tile.rows_of(array, wg * ROWS, ROWS))
 
         work.walk(table, table_2, one)
-        pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[wg]))
+        pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
         plgpu.wait_smem_to_gmem(0)
+
+
+class _KeyRing(NamedTuple):
+    """Keys and values of the steps, and their barriers."""
+
+    k_RNK: object
+    v_RNV: object
+    k_full: object
+    k_empty: object
+    v_full: object
+    v_empty: object
+
+
+def _attend_tile(tile, so_far, rows, ring, turn, scale):
+    """The sum of a warpgroup's rows over a tile's keys: (sum_QV, largest logit before scale, denominator).
+
+    The warpgroups take turns at handing products to the tensor cores, so that one is at its exponentials meanwhile.
+    """
+    (wg, q_QK, q_empty), dtype = rows, ring.k_RNK.dtype
+    N, V, last = ring.k_RNK.shape[1], ring.v_RNV.shape[2], tile.steps - 1
+
+    def pass_turn():
+        plgpu.barrier_arrive(turn.at[1 - wg])
+
+    def multiply(i, s_QN, weighted=None):
+        """Adds the logits of step i to s, and to a sum (sum_QV, p_QN) what p weighs of the values before it.
+
+        One after the other on the tensor cores, with nothing to do in between.
+        """
+        slot, before = slot_of(so_far + i), slot_of(so_far + i - 1)
+        plgpu.barrier_wait(ring.k_full.at[slot])
+        if weighted is not None:
+            sum_QV, p_QN = weighted
+            plgpu.wgmma(sum_QV, p_QN, ring.v_RNV.at[before])
+        plgpu.wgmma(s_QN, q_QK, ring.k_RNK.at[slot].transpose((1, 0)))
+        pass_turn()
+        if weighted is not None:
+            plgpu.wgmma_wait(1)
+            plgpu.barrier_arrive(ring.v_empty.at[before])
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(ring.k_empty.at[slot])
+
+    def soften(i, carry, masked):
+        softened = _soften(carry, tile.sees(carry[0].shape, wg * ROWS, i) if masked else None, scale, dtype)
+        plgpu.barrier_wait(ring.v_full.at[slot_of(so_far + i)])
+        plgpu.barrier_wait(turn.at[wg])
+        return softened
+
+    def kv_step(i, carry, masked):
+        p_QN, acc_QV, max_Q, sum_Q = soften(i, carry, masked)
+
+        def products(refs):
+            sum_QV, s_QN = refs
+            multiply(i + 1, s_QN, (sum_QV, p_QN))
+
+        no_logits = _filled(0.0, (ROWS, N), plgpu.Layout.WGMMA)
+        acc_QV, s_QN = pl.run_state(products)((plgpu.ACC.init(acc_QV), plgpu.ACC.init(no_logits)))
+        return s_QN, acc_QV, max_Q, sum_Q
+
+    def first_logits(s_QN):
+        plgpu.barrier_wait(turn.at[wg])
+        multiply(0, s_QN)
+        return s_QN[...]
+
+    s_QN = pl.run_scoped(first_logits, plgpu.ACC((ROWS, N), jnp.float32))
+    nothing = _filled(0.0, (ROWS, V), plgpu.Layout.WGMMA)
+    carry = (s_QN, nothing, _filled(-jnp.inf, (ROWS,), ROW), _filled(0.0, (ROWS,), ROW))
+    carry = _over_keys(tile, wg * ROWS, carry, kv_step, last)
+    plgpu.barrier_arrive(q_empty)
+    p_QN, acc_QV, max_Q, sum_Q = soften(last, carry, tile.sees is not None)
+
+    def last_product(sum_QV):
+        plgpu.wgmma(sum_QV, p_QN, ring.v_RNV.at[slot_of(so_far + last)])
+        pass_turn()
+
+    acc_QV = pl.run_state(last_product)(plgpu.ACC.init(acc_QV))
+    plgpu.barrier_arrive(ring.v_empty.at[slot_of(so_far + last)])
+    return acc_QV, max_Q, sum_Q
+
+
+def _soften(carry, seen_QN, scale, dtype):
+    """The weights p_QN of a step's logits, and what was summed so far on their scale. seen_QN: None if all is seen."""
+    s_QN, acc_QV, max_Q, sum_Q = carry
+    if seen_QN is not None:
+        s_QN = jnp.where(seen_QN, s_QN, -jnp.inf)
+    new_Q = jnp.maximum(max_Q, s_QN.max(axis=1))
+    if seen_QN is not None:  # A row that sees no key yet has no difference of infinities.
+        new_Q = jnp.maximum(new_Q, LOWEST)
+    faded_Q = jnp.exp2((max_Q - new_Q) * (scale * LOG2E))
+    p_QN = jnp.exp2(s_QN * (scale * LOG2E) - _over(new_Q * (scale * LOG2E), s_QN.shape))
+    sum_Q = sum_Q * faded_Q + p_QN.sum(axis=1)
+    acc_QV = acc_QV * _over(faded_Q, acc_QV.shape)
+    # The compiler would otherwise move arithmetic past the barriers, into the other warpgroup's turn.
+    return lax.optimization_barrier((p_QN.astype(dtype), acc_QV, new_Q, sum_Q))
 
 
 # --- the rows' gradient -------------------------------------------------------------------------------------------
