@@ -1121,6 +1121,13 @@ KERNELS_MUTANTS = (
         f"{HOPPER_GATE}[more than a step of blocks]",
     ),
     Mutant(
+        "multiprocessors without a tile take the one before the first",
+        "k2jax/kernels/moba/gate_sm90.py",
+        "num_mine = lax.div(B * H * num_tiles - first + (stride - 1), jnp.int32(stride))",
+        "num_mine = lax.div(B * H * num_tiles - 1 - first, jnp.int32(stride)) + 1",
+        f"{HOPPER_GATE}[fewer tiles than multiprocessors]",
+    ),
+    Mutant(
         "the gate offers a query its own block",
         "k2jax/kernels/moba/gate_sm90.py",
         "(block_QN < end_QN)",
