@@ -1122,9 +1122,9 @@ KERNELS_MUTANTS = (
     ),
     Mutant(
         "multiprocessors without a tile take the one before the first",
-        "k2jax/kernels/moba/gate_sm90.py",
-        "num_mine = lax.div(B * H * num_tiles - first + (stride - 1), jnp.int32(stride))",
-        "num_mine = lax.div(B * H * num_tiles - 1 - first, jnp.int32(stride)) + 1",
+        "k2jax/kernels/attention/tiles_sm90.py",
+        "share = rounds + has_one_more.astype(jnp.int32)",
+        "share = rounds + 1",
         f"{HOPPER_GATE}[fewer tiles than multiprocessors]",
     ),
     Mutant(

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from k2jax.kernels.attention.tiles_tpu import LOG2E, dot
+from k2jax.kernels.attention.tiles_tpu import LOG2E, call_with_tables, dot
 
 
 class Readers(NamedTuple):
@@ -72,7 +71,7 @@ def own_keys_gradient(scale, plan, most, readers, start_B1T, own, k_ZSK, v_ZSV, 
     def keys_at(z, u, i, *_):
         return z, u, 0
 
-    return _call(
+    return call_with_tables(
         functools.partial(_own_kernel, scale=scale, plan=plan, most=most),
         readers,
         (start_B1T, *_with_rows(own), k_ZSK, v_ZSV),
@@ -84,7 +83,7 @@ def own_keys_gradient(scale, plan, most, readers, start_B1T, own, k_ZSK, v_ZSV, 
         ],
         out_specs=[pl.BlockSpec((1, N, x.shape[2]), keys_at) for x in (k_ZSK, v_ZSV)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, dtype or x.dtype) for x in (k_ZSK, v_ZSV)],
-        semantics=("parallel", "parallel", "arbitrary"),
+        scratch=[(N, x.shape[2]) for x in (k_ZSK, v_ZSV)],
         interpret=interpret,
     )
 
@@ -122,7 +121,7 @@ def chosen_keys_gradient(
         return block_Y[last(y, used_1)], u, 0
 
     chosen = tuple(x[None] for x in chosen)
-    return _call(
+    return call_with_tables(
         functools.partial(_chosen_kernel, scale=scale),
         (block_Y, used_1, jnp.reshape(jnp.asarray(first_block, jnp.int32), 1)),
         (*_with_rows(chosen), k_WCK, v_WCV),
@@ -133,7 +132,7 @@ def chosen_keys_gradient(
         ],
         out_specs=[pl.BlockSpec((1, N, x.shape[2]), results_at) for x in (k_WCK, v_WCV)],
         out_shape=[jax.ShapeDtypeStruct((num_blocks, *x.shape[1:]), x.dtype) for x in (k_WCK, v_WCV)],
-        semantics=("parallel", "arbitrary"),
+        scratch=[(N, x.shape[2]) for x in (k_WCK, v_WCV)],
         interpret=interpret,
     )
 
@@ -146,21 +145,6 @@ def _with_rows(rows):
 def _specs(L, rows, rows_at, vector_at):
     wide = [pl.BlockSpec((1, L, x.shape[2]), rows_at) for x in rows[:2]]
     return [*wide, *[pl.BlockSpec((1, 1, L), vector_at)] * 2]
-
-
-def _call(kernel, tables, operands, *, grid, in_specs, out_specs, out_shape, semantics, interpret):
-    grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=len(tables),
-        grid=grid,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        scratch_shapes=[pltpu.VMEM(spec.block_shape[1:], jnp.float32) for spec in out_specs],
-    )
-    options = pltpu.CompilerParams(dimension_semantics=semantics)
-    call = pl.pallas_call(
-        kernel, out_shape=out_shape, grid_spec=grid_spec, compiler_params=options, interpret=interpret or False
-    )
-    return call(*tables, *operands)
 
 
 # --- the kernels --------------------------------------------------------------------------------------------------

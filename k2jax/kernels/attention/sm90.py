@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
+from k2jax.kernels.attention.positions import at_positions, segment_starts
 from k2jax.kernels.attention.reference import Attended, query_positions
 from k2jax.kernels.attention.tiles_sm90 import DTYPES, HEAD_SIZES, TILE, attend, padded, rows_gradient, starts_of
 
@@ -54,14 +55,6 @@ def whole_groups(x_BTHE):
     return jnp.pad(x_BTHE, ((0, 0), (0, -x_BTHE.shape[1] % 8), (0, 0), (0, 0)))
 
 
-def segment_starts(segment_ids):
-    """The first position of each token's segment, int32 [B, T]."""
-    position_T = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    is_first_BT = segment_ids[:, 1:] != segment_ids[:, :-1]
-    is_first_BT = jnp.pad(is_first_BT, ((0, 0), (1, 0)), constant_values=True)
-    return jax.lax.cummax(jnp.where(is_first_BT, position_T, 0), axis=1)
-
-
 def needs_positions(T, S, q_offset):
     """Whether queries do not lie at the keys' positions."""
     return T != S or not isinstance(q_offset, int) or q_offset != 0
@@ -71,14 +64,9 @@ def starts_at(start_BS, q_BTHK, num_tokens, q_offset):
     """`Starts` of queries, of which `num_tokens` are real, from the first key that each position sees, [B or 1, S]."""
     B, T = q_BTHK.shape[:2]
     position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset), (B, T))
-    start_BT = at_positions(jnp.broadcast_to(start_BS, (B, start_BS.shape[1])), position_BT)
+    start_BT = at_positions(start_BS, position_BT)
     start_BT = jnp.where(jnp.arange(T) < num_tokens, start_BT, position_BT)
     return starts_of(start_BT, position_BT[:, 0])
-
-
-def at_positions(x_BS, position_BT):
-    """x at each position, the last one for those behind it."""
-    return jnp.take_along_axis(x_BS, jnp.minimum(position_BT, x_BS.shape[1] - 1), axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -216,15 +216,8 @@ class _Work:
 
     def walk(self, table, table_2, body):
         """body(number here, tile, steps so far) for each tile of ours. All warpgroups count the same."""
-        first, stride = lax.axis_index("sm"), lax.axis_size("sm")
-        own = self.num_batch * (self.num_heads or 0) * padded(self.num_rows) // TILE
-        total = table_2[0] if self.num_heads is None else jnp.int32(own)
 
-        def place(here):  # Forth and back, because tiles get shorter: who has the longest of one round ends the next.
-            return jnp.where(lax.rem(here, jnp.int32(2)) == 0, first, stride - 1 - first)
-
-        def one(here, so_far):
-            number = here * stride + place(here)
+        def one(here, number, so_far):
             if self.num_heads is None:
                 tile = self._chosen(table, number)
             else:
@@ -232,16 +225,16 @@ class _Work:
             body(here, tile, so_far)
             return so_far + tile.steps
 
-        rounds = lax.div(total, jnp.int32(stride))
-        has_one_more = place(rounds) < total - rounds * stride
-        lax.fori_loop(0, rounds + has_one_more.astype(jnp.int32), one, jnp.int32(0))
+        if self.num_heads is None:
+            walk_share(table_2[0], one)
+        else:
+            walk_share(self.num_batch * self.num_heads * (padded(self.num_rows) // TILE), one)
 
     def _own(self, number, start_BT, span_BY3):
         # The last rows of all heads first: where they see all earlier ones, those are the longest tiles.
-        num_rows = self.num_batch * self.num_heads
-        batch_head, tile = lax.rem(number, jnp.int32(num_rows)), lax.div(number, jnp.int32(num_rows))
-        head, batch = lax.rem(batch_head, jnp.int32(self.num_heads)), lax.div(batch_head, jnp.int32(self.num_heads))
-        tile = padded(self.num_rows) // TILE - 1 - tile
+        batch_head, tiles_behind = split(number, self.num_batch * self.num_heads)
+        head, batch = split(batch_head, self.num_heads)
+        tile = padded(self.num_rows) // TILE - 1 - tiles_behind
         first_row, N = tile * TILE, jnp.int32(self.step)
         block = lax.div(first_row, jnp.int32(self.block_size))
         key_head = lax.div(head, jnp.int32(self.num_heads // self.num_key_heads))
@@ -279,8 +272,8 @@ class _Work:
 
     def _chosen(self, block_Y, number):
         num_blocks = -(-self.length // self.block_size)
-        key_head, batch = _divide(block_Y[number], num_blocks, self.num_key_heads)
-        block = lax.rem(block_Y[number], jnp.int32(num_blocks))
+        block, batch_head = split(block_Y[number], num_blocks)
+        key_head, batch = split(batch_head, self.num_key_heads)
         steps = -(-self.num_keys // self.step)
 
         def rows_of(array, first, size):
@@ -319,10 +312,25 @@ def _over_keys(tile, first_row, begin, step, steps):
     return lax.fori_loop(clear_to, steps, functools.partial(step, masked=True), carry)
 
 
-def _divide(number, inner, middle):
-    """(middle index, outer index) of a number that counts outer, middle, inner."""
-    number = lax.div(number, jnp.int32(inner))
-    return lax.rem(number, jnp.int32(middle)), lax.div(number, jnp.int32(middle))
+def walk_share(total, body):
+    """so_far = body(number here, number, so_far), from 0 on, for this multiprocessor's share of `total` tiles.
+
+    Forth and back, because tiles get shorter: who has the longest one of a round has the shortest of the next.
+    """
+    first, stride = lax.axis_index("sm"), lax.axis_size("sm")
+
+    def place(here):
+        return jnp.where(lax.rem(here, jnp.int32(2)) == 0, first, stride - 1 - first)
+
+    rounds = lax.div(jnp.int32(total), jnp.int32(stride))
+    has_one_more = place(rounds) < total - rounds * stride
+    share = rounds + has_one_more.astype(jnp.int32)
+    lax.fori_loop(0, share, lambda here, so_far: body(here, here * stride + place(here), so_far), jnp.int32(0))
+
+
+def split(number, inner):
+    """(inner index, outer index) of a number that counts outer, inner."""
+    return lax.rem(number, jnp.int32(inner)), lax.div(number, jnp.int32(inner))
 
 
 def slot_of(number, slots=SLOTS):

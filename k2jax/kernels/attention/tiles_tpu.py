@@ -149,14 +149,29 @@ def _call(kernel, plan, tiles, *, out_shape, operands, scratch, interpret):
     if start_B1T is not None:
         in_specs.insert(0, pl.BlockSpec((1, 1, L), start_at))
         operands = (start_B1T, *operands)
-    grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=len(tables),
+    return call_with_tables(
+        kernel,
+        tables,
+        operands,
         grid=(X, T // L, plan.steps),
         in_specs=in_specs,
         out_specs=jax.tree.map(by_rows, out_shape),
+        out_shape=out_shape,
+        scratch=scratch,
+        interpret=interpret,
+    )
+
+
+def call_with_tables(kernel, tables, operands, *, grid, in_specs, out_specs, out_shape, scratch, interpret):
+    """The kernel over a grid whose copies the tables direct; its last axis is in order, with float32 scratch kept."""
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=len(tables),
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     )
-    options = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+    options = pltpu.CompilerParams(dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",))
     call = pl.pallas_call(
         kernel, out_shape=out_shape, grid_spec=grid_spec, compiler_params=options, interpret=interpret or False
     )

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.kernels.attention.keys_gradient_tpu import Readers, own_keys_gradient, readers
+from k2jax.kernels.attention.positions import at_positions, segment_starts
 from k2jax.kernels.attention.reference import Attended, query_positions
-from k2jax.kernels.attention.sm90 import at_positions, segment_starts
 from k2jax.kernels.attention.tiles_tpu import LANES, MAX_KEYS, MAX_ROWS, Plan, Tiles, attend, own_tiles, rows_gradient
 
 DTYPES = ("bfloat16", "float32")
@@ -136,7 +136,7 @@ def own_tables(shape: OwnShape, start_BS, q_BTHK, q_offset) -> Own:
     """From the first key that each position sees, [B or 1, S]."""
     B = q_BTHK.shape[0]
     position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset)[:, :1], (B, 1)) + jnp.arange(shape.padded_rows)
-    start_BT = at_positions(jnp.broadcast_to(start_BS, (B, start_BS.shape[1])), position_BT)
+    start_BT = at_positions(start_BS, position_BT)
     tiles = own_tiles(start_BT, position_BT[:, 0], shape.num_rows, shape.plan)
     return Own(tiles, readers(tiles.start_B1T[:, 0], position_BT[:, 0], shape.padded_keys, shape.plan))
 

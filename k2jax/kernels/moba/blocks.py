@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from k2jax.kernels.attention.positions import segment_starts
+
 
 class Layout(NamedTuple):
     """Of each key: the first position of its segment and of its block, and its block's number (int32)."""
@@ -49,20 +51,10 @@ def layout(segment_ids, S, block_size):
     if segment_ids is None:
         block_S = position_S // block_size
         return Layout(jnp.zeros((1, S), jnp.int32), (block_S * block_size)[None], block_S[None])
-    is_first_BS = segment_ids[:, 1:] != segment_ids[:, :-1]
-    is_first_BS = jnp.pad(is_first_BS, ((0, 0), (1, 0)), constant_values=True)
-    segment_start_BS = jax.lax.cummax(jnp.where(is_first_BS, position_S, 0), axis=1)
+    segment_start_BS = segment_starts(segment_ids)
     block_start_BS = position_S - (position_S - segment_start_BS) % block_size
     block_id_BS = jnp.cumsum(block_start_BS == position_S, axis=1, dtype=jnp.int32) - 1
     return Layout(segment_start_BS, block_start_BS, block_id_BS)
-
-
-def at_positions(x_BS, position_BT):
-    """x at each position; either side may have a batch of 1."""
-    batch = max(x_BS.shape[0], position_BT.shape[0])
-    x_BS = jnp.broadcast_to(x_BS, (batch, x_BS.shape[1]))
-    position_BT = jnp.broadcast_to(position_BT, (batch, position_BT.shape[1]))
-    return jnp.take_along_axis(x_BS, position_BT, axis=1)
 
 
 def choose(score_N, candidate_N, count):

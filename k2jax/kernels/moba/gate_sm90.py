@@ -25,7 +25,9 @@ from k2jax.kernels.attention.tiles_sm90 import (
     TRANSFORMS,
     padded,
     slot_of,
+    split,
     wait_free,
+    walk_share,
 )
 
 STEP = 128  # blocks scored at a time
@@ -81,23 +83,20 @@ def _kernel(
     wg = lax.axis_index("wg")
     (B, H), num_tiles = winner_BHJT.shape[:2], winner_BHJT.shape[3] // TILE
     heads_per_key = H // mean_BDGK.shape[2]
-    first, stride = lax.axis_index("sm"), lax.axis_size("sm")
-    num_mine = lax.div(B * H * num_tiles - first + (stride - 1), jnp.int32(stride))  # 0 where there are too few tiles
 
     def walk(body):
         """body(number here, batch, head, first row, first block, steps, steps so far); long tiles first."""
 
-        def one(here, so_far):
-            number = first + here * stride
-            batch_head = lax.rem(number, jnp.int32(B * H))
-            batch, head = lax.div(batch_head, jnp.int32(H)), lax.rem(batch_head, jnp.int32(H))
-            tile = num_tiles - 1 - lax.div(number, jnp.int32(B * H))
+        def one(here, number, so_far):
+            batch_head, tiles_behind = split(number, B * H)
+            head, batch = split(batch_head, H)
+            tile = num_tiles - 1 - tiles_behind
             first_block, end = (span_BY2[batch, tile, i] for i in range(2))
             steps = lax.div(jnp.maximum(end - first_block, 0) + (STEP - 1), jnp.int32(STEP))
             body(here, batch, head, tile * TILE, first_block, steps, so_far)
             return so_far + steps
 
-        lax.fori_loop(0, num_mine, one, jnp.int32(0))
+        walk_share(B * H * num_tiles, one)
 
     @pl.when(wg == PRODUCER)
     def _produce():

@@ -12,7 +12,18 @@ from k2jax.kernels.attention.key_heads import KeyHeads
 from k2jax.kernels.moba.blocks import choose
 from k2jax.kernels.moba.routing import map_steps
 
+MAX_BLOCKS = 63  # Partial results of a query, each gathered back on its own.
+MIN_BLOCK = 64  # A tile reads 128 keys of a block at a time, what is missing of them for nothing.
 MAX_PASSES = 15  # Of `blocks.choose`; with more, one sort is cheaper.
+
+
+def refused_blocks(S, block_size, top_k) -> str | None:
+    """Why the kernels cannot choose top_k blocks of S keys, or None."""
+    if block_size < MIN_BLOCK:
+        return f"block_size={block_size} is less than {MIN_BLOCK}"
+    if min(top_k - 1, (S - 1) // block_size) > MAX_BLOCKS:
+        return f"top_k={top_k} is more than {MAX_BLOCKS + 1}"
+    return None
 
 
 def mean_keys(far_BNCGK):

@@ -16,8 +16,9 @@ size, V value size.
 import jax
 import jax.numpy as jnp
 
+from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.reference import causal_mask, masked_attention, query_positions
-from k2jax.kernels.moba.blocks import Attended, Residuals, at_positions, choose, layout
+from k2jax.kernels.moba.blocks import Attended, Residuals, choose, layout
 
 
 def moba_attention(q_BTHK, k_BSGK, v_BSGV, *, block_size, top_k, scale, segment_ids=None, q_offset=0):

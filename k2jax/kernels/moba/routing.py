@@ -18,7 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from k2jax.kernels.moba.blocks import at_positions, choose
+from k2jax.kernels.attention.positions import at_positions
+from k2jax.kernels.moba.blocks import choose
 
 # Scores held at once, over batch, heads, rows and blocks: 2**24 float32 are 64 MiB.
 GATE_SCORES, MIN_CHUNK = 2**24, 64

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
+from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.reference import query_positions
-from k2jax.kernels.attention.sm90 import at_positions, needs_positions, own_rows, starts_at, whole_groups
+from k2jax.kernels.attention.sm90 import needs_positions, own_rows, starts_at, whole_groups
 from k2jax.kernels.attention.sm90 import refusal as attention_refusal
 from k2jax.kernels.attention.tiles_sm90 import TILE, Starts, attend, padded, rows_gradient
 from k2jax.kernels.moba.blocks import Attended, Residuals, layout
@@ -36,12 +37,11 @@ from k2jax.kernels.moba.pairs import (
     largest,
     mean_keys,
     place_of_keys,
+    refused_blocks,
     selection,
 )
 from k2jax.kernels.moba.routing import history_blocks
 
-MAX_BLOCKS = 63  # Partial results of a query, each gathered back on its own.
-MIN_BLOCK = 64  # A tile reads 128 keys of a block at a time, what is missing of them for nothing.
 # Pairs whose gathered queries and partial results are in memory at once: 8 GiB at 2 * 256 bytes each, 12 backward.
 PAIRS = 2**24
 
@@ -49,13 +49,7 @@ PAIRS = 2**24
 def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale) -> str | None:
     """Why these kernels cannot compute this call, or None."""
     reason = attention_refusal(q_shape, v_shape, dtype, scale=scale)
-    if reason:
-        return reason
-    if block_size < MIN_BLOCK:
-        return f"block_size={block_size} is less than {MIN_BLOCK}"
-    if min(top_k - 1, (k_shape[1] - 1) // block_size) > MAX_BLOCKS:
-        return f"top_k={top_k} is more than {MAX_BLOCKS + 1}"
-    return None
+    return reason or refused_blocks(k_shape[1], block_size, top_k)
 
 
 def moba_attention(
@@ -82,7 +76,7 @@ def moba_attention(
     packed = _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset) if is_packed else None
     out_BTHV, lse_BHT, max_BH, winner_BHJT = _attention(settings, q_BTHK, k_BSGK, v_BSGV, packed)
     position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset)[:, :T], (B, T))
-    own_BT = at_positions(jnp.broadcast_to(where.block_id_BS, (B, S)), position_BT)
+    own_BT = at_positions(where.block_id_BS, position_BT)
     selected_BHTJ = selection(winner_BHJT[..., :T], own_BT, history.block_id_BN, top_k)
     return Attended(out_BTHV[:, :T], Residuals(lse_BHT[..., :T], max_BH, selected_BHTJ))
 

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.kernels.attention.keys_gradient_tpu import chosen_keys_gradient
+from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.reference import query_positions
-from k2jax.kernels.attention.sm90 import at_positions
 from k2jax.kernels.attention.tiles_tpu import LANES, MAX_KEYS, MAX_ROWS, Plan, Tiles, attend, rows_gradient
 from k2jax.kernels.attention.tpu import (
     MAX_TABLE,
@@ -49,12 +49,11 @@ from k2jax.kernels.moba.pairs import (
     largest,
     mean_keys,
     place_of_keys,
+    refused_blocks,
     selection,
 )
 from k2jax.kernels.moba.routing import history_blocks
 
-MAX_BLOCKS = 63  # Partial results of a query, each gathered back on its own.
-MIN_BLOCK = 64  # A tile reads 128 keys of a block at a time, what is missing of them for nothing.
 # Pairs whose gathered queries and partial results are in memory at once: 1 GiB at 2 * 256 bytes each, 1.5 backward.
 PAIRS = 2**21
 GATE_SCORES = 2**24  # held at once, over batch, heads, queries and blocks
@@ -62,13 +61,9 @@ GATE_SCORES = 2**24  # held at once, over batch, heads, queries and blocks
 
 def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k) -> str | None:
     """Why these kernels cannot compute this call, or None."""
-    reason = attention_refusal(q_shape, k_shape, v_shape, dtype)
+    reason = attention_refusal(q_shape, k_shape, v_shape, dtype) or refused_blocks(k_shape[1], block_size, top_k)
     if reason:
         return reason
-    if block_size < MIN_BLOCK:
-        return f"block_size={block_size} is less than {MIN_BLOCK}"
-    if min(top_k - 1, (k_shape[1] - 1) // block_size) > MAX_BLOCKS:
-        return f"top_k={top_k} is more than {MAX_BLOCKS + 1}"
     numbers = 2 * _chosen(q_shape, k_shape, block_size, top_k, None).tiles_per_key_head
     if numbers > MAX_TABLE:
         return f"a key head's tiles need tables of {numbers} numbers, more than {MAX_TABLE}"
@@ -102,7 +97,7 @@ def moba_attention(q_BTHK, k_BSGK, v_BSGV, *, block_size, top_k, scale, segment_
     k_ZSK, v_ZSV = (heads_first(x, own.padded_keys) for x in (k_BSGK, v_BSGV))
     out_XTV, lse_BHT, max_BH, winner_BHJT = _attention(settings, q_XTK, k_ZSK, v_ZSV, tables)
     position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset), (B, T))
-    own_BT = at_positions(jnp.broadcast_to(where.block_id_BS, (B, S)), position_BT)
+    own_BT = at_positions(where.block_id_BS, position_BT)
     selected_BHTJ = selection(winner_BHJT[..., :T], own_BT, history.block_id_BN, top_k)
     return Attended(tokens_first(out_XTV, B, T), Residuals(lse_BHT[..., :T], max_BH, selected_BHTJ))
 

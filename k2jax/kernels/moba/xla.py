@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.reference import query_positions
-from k2jax.kernels.moba.blocks import Attended, Residuals, at_positions, layout
+from k2jax.kernels.moba.blocks import Attended, Residuals, layout
 from k2jax.kernels.moba.routing import Pairs, choose_blocks, history_blocks, pack_tiles
 from k2jax.kernels.moba.streams import Sizes, joined_attention, working_set
 
