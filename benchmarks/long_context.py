@@ -51,12 +51,16 @@ def config(kind, layers, steps, moba):
     return load_config(f"configs/h100.py:steps={steps}", overrides)
 
 
+def folder_of(name, flags):
+    return flags.workdir / name.replace(", ", "-").replace(" ", "-")
+
+
 def train_one(name, flags):
     kind, kernels = RUNS[name]
     if not kernels:
         attention_room.not_hopper = lambda: "switched off by the benchmark"
     cfg = config(kind, flags.layers, flags.steps, {"block_size": 512, "top_k": 4})
-    train(cfg, flags.workdir / name.replace(", ", "-").replace(" ", "-"))
+    train(cfg, folder_of(name, flags))
 
 
 def training(name, flags) -> dict:
@@ -65,7 +69,7 @@ def training(name, flags) -> dict:
     # One large piece of memory from the start: grown piece by piece it is too fragmented for a step's activations.
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
     subprocess.run(command, cwd=record.ROOT, check=True, env=env)
-    folder = flags.workdir / name.replace(", ", "-").replace(" ", "-")
+    folder = folder_of(name, flags)
     rows = read_metrics(folder / "metrics.jsonl")
     memory = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
     return {
@@ -114,6 +118,8 @@ def plot():
     from matplotlib import pyplot as plt
 
     data = record.read("long_context")
+    if data is None:
+        raise SystemExit("nothing to plot yet: python -m benchmarks.long_context on a Hopper GPU")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, run in data["training"].items():
         left.plot(

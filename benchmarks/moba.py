@@ -64,6 +64,7 @@ FORWARD_ONLY = {"1M, B=4096, k=12"}
 SCALE = 128**-0.5
 REPEATS = 5
 MAX_PEER_SECONDS = 9.0
+MEMORY = "GiB beyond inputs and outputs"
 DENSE_RATE = 5e14  # operations a second, to guess what a peer will take
 
 
@@ -162,31 +163,26 @@ def median_ms(function, *arrays) -> float:
 
 
 def timed(attention, q, k, v, dout, backward=True) -> dict[str, float]:
-    """Milliseconds of forward, and of forward with backward, of attention(q, k, v) -> out."""
+    """Milliseconds of forward, and of forward with backward, of attention(q, k, v) -> out.
+
+    With backward also what it needs beyond inputs and outputs, by the compiler's account.
+    """
     found = {"forward": median_ms(jax.jit(attention), q, k, v)}
     if backward:
 
         @jax.jit
         def both(q, k, v, dout):
             out, pull = jax.vjp(attention, q, k, v)
-            return pull(dout.astype(out.dtype))
+            return out, *pull(dout.astype(out.dtype))
 
-        found["forward + backward"] = median_ms(both, q, k, v, dout)
+        compiled = both.lower(q, k, v, dout).compile()
+        found["forward + backward"] = median_ms(compiled, q, k, v, dout)
+        found[MEMORY] = compiled.memory_analysis().temp_size_in_bytes / 2**30
     return found
 
 
 def moba(C, top_k):
     return lambda q, k, v: sm90.moba_attention(q, k, v, block_size=C, top_k=top_k, scale=SCALE).out_BTHV
-
-
-def memory_gib(C, top_k, *arrays) -> float:
-    """What forward and backward need beyond inputs and outputs, by the compiler's account."""
-
-    def both(q, k, v, dout):
-        out, pull = jax.vjp(moba(C, top_k), q, k, v)
-        return out, *pull(dout)
-
-    return jax.jit(both).lower(*arrays).compile().memory_analysis().temp_size_in_bytes / 2**30
 
 
 def dense_peers() -> dict:
@@ -250,7 +246,7 @@ def stages(B, T, H, G, C, top_k, K, V) -> dict[str, float]:
 
 
 def time_case(name, peers, deadline) -> dict:
-    """{who: {what: milliseconds}} of one case."""
+    """{who: {what: milliseconds, or memory}} of one case."""
     B, T, H, G, C, top_k, K, V = CASES[name]
     arrays, backward, times = inputs(B, T, H, G, K, V), name not in FORWARD_ONLY, {}
     for label, attention in {"k2jax MoBA": moba(C, top_k), **peers}.items():
@@ -266,10 +262,7 @@ def time_case(name, peers, deadline) -> dict:
         except Exception as error:
             say(f"  {label}: {type(error).__name__}: {str(error)[:300]}")
             continue
-        say(f"{name}: {label:16}" + ", ".join(f"{what} {ms:.2f} ms" for what, ms in times[label].items()))
-    if backward and "k2jax MoBA" in times:
-        times["memory in GiB"] = {"q": arrays[0].nbytes / 2**30, "k2jax MoBA": memory_gib(C, top_k, *arrays)}
-        say(f"{name}: {times['memory in GiB']}")
+        say(f"{name}: {label:16}" + ", ".join(f"{what} {x:.2f}" for what, x in times[label].items()))
     return times
 
 
@@ -281,6 +274,8 @@ def plot():
     from matplotlib import pyplot as plt
 
     data = record.read("moba")
+    if data is None:
+        raise SystemExit("nothing to plot yet: python -m benchmarks.moba --peers --write on a Hopper GPU")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, what in zip(axes, ("forward", "forward + backward"), strict=True):
         for label in ("k2jax MoBA", "k2jax dense", "cuDNN", "tokamax", "flash-attn3-jax"):

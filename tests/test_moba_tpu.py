@@ -14,22 +14,19 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import k2jax.moba_pallas as moba_pallas
-from benchmarks.moba import as_selected, with_gradients
+from benchmarks.moba import with_gradients
 from k2jax.kernels import attention as attention_room
 from k2jax.kernels import tpu as device
 from k2jax.kernels.attention import attention
 from k2jax.kernels.attention import tpu as full_tpu
-from k2jax.kernels.attention.reference import query_positions
 from k2jax.kernels.moba import reference, tpu
-from k2jax.kernels.moba.blocks import layout
 from k2jax.moba_pallas import moba_attention, moba_attention_plan
-from tests import test_moba_sm90
+from tests import attention_cases, test_moba_sm90
 from tests.on_devices import told_in
 
 # --- the kernels, interpreted -------------------------------------------------------------------------------------
 
-# As for Hopper; batch, tokens, query heads, key heads, sizes of keys and values, block size (None: full attention),
-# top_k, type, PAIRS, ends of documents.
+# Beside those of Hopper.
 OWN = {
     "a few tokens": (2, 40, 2, 1, 64, 64, 64, 2, "bfloat16", 2**21),
     "heads of 256": (1, 300, 2, 1, 256, 256, 128, 2, "bfloat16", 2**21),
@@ -40,79 +37,30 @@ OWN = {
 }
 ATTENDS = {
     name: tuple("float32" if x == "float16" else x for x in case)
-    for name, case in (test_moba_sm90.ATTENDS | OWN).items()
+    for name, case in (attention_cases.ATTENDS | OWN).items()
 }
 QUICK = {"a tile and a half, grouped heads", "full, several tiles"}
 # float32 has no rounded version to be measured against: its own roundings are a few units of 2**-24.
 EXACT_ERROR = 2e-6
 
 
-def inputs(name):
-    """(q, k, v, dout), segment ids and the offset of the queries."""
-    B, S, H, G, K, V, _, _, dtype, _, *ends = ATTENDS[name]
-    segment_ids = None
-    if ends:  # Every batch row a little longer documents.
-        rows = [jnp.searchsorted(jnp.array(ends) + 3 * b, jnp.arange(S), side="right") for b in range(B)]
-        segment_ids = jnp.stack(rows).astype(jnp.int32)
-    T, q_offset = test_moba_sm90.QUERIES.get(name, (S, 0))
-    rng = np.random.default_rng(0)
-    shapes = ((B, T, H, K), (B, S, G, K), (B, S, G, V), (B, T, H, V))
-    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.float32).astype(dtype) for shape in shapes]
-    return arrays, segment_ids, q_offset if isinstance(q_offset, int) else jnp.array(q_offset)
-
-
 def run(name, interpret, monkeypatch):
-    """Output, residuals and gradients of the kernels; a function for plain attention over the same keys; agreement."""
-    B, S, H, _, K, _, C, top_k, _, pairs, *_ = ATTENDS[name]
-    arrays, segment_ids, q_offset = inputs(name)
-    T = arrays[0].shape[1]
-    settings = {"scale": K**-0.5, "segment_ids": segment_ids, "q_offset": q_offset}
-    if C is None:
-        attend = functools.partial(full_tpu.attention, **settings, interpret=interpret)
-
-        def call(*qkv):
-            out, lse, largest = attend(*qkv)
-            return out, (lse, largest)
-
-        block_id = jnp.zeros((B, S), jnp.int32) if segment_ids is None else segment_ids
-        positions = jnp.broadcast_to(query_positions(arrays[0], q_offset), (B, T))
-        own = jnp.take_along_axis(block_id, positions, axis=1)
-        selected, right = jnp.broadcast_to(own[:, None, :, None], (B, H, T, 1)), None
-    else:
-        monkeypatch.setattr(tpu, "PAIRS", pairs)
-        settings |= {"block_size": C, "top_k": top_k}
-
-        def call(*qkv):
-            return tuple(tpu.moba_attention(*qkv, **settings, interpret=interpret))
-
-        right = reference.moba_attention(*arrays[:3], **settings).residuals.selected_BHTJ
-        block_id = layout(segment_ids, S, C).block_id_BS
-    got = jax.jit(functools.partial(with_gradients, call))(*arrays)
-    if C is not None:
-        selected = got[1].selected_BHTJ
-        assert float((selected == right).mean()) > 0.999
-
-    def plain(*qkv):
-        return as_selected(*qkv, selected, block_id, K**-0.5, q_offset)
-
-    return got, plain, arrays
-
-
-def error(x, right):
-    return float(jnp.linalg.norm(x.astype(jnp.float32) - right) / jnp.linalg.norm(right))
+    """Output, residuals and gradients of the kernels."""
+    case = ATTENDS[name]
+    monkeypatch.setattr(tpu, "PAIRS", case[9])
+    rooms = (functools.partial(f, interpret=interpret) for f in (full_tpu.attention, tpu.moba_attention))
+    call = attention_cases.call_of(name, case, *rooms)
+    return jax.jit(functools.partial(with_gradients, call))(*attention_cases.inputs(name, case)[0])
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.check) for n in ATTENDS])
 def test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type(name, monkeypatch):
-    got, plain, arrays = run(name, True, monkeypatch)
-    rounded, exact = with_gradients(plain, *arrays), with_gradients(plain, *(x.astype(jnp.float32) for x in arrays))
-    for what, mine, theirs, right in zip(
-        ("out", "dq", "dk", "dv"), *((x[0], *x[2]) for x in (got, rounded, exact)), strict=True
-    ):
-        allowed = EXACT_ERROR if arrays[0].dtype == jnp.float32 else 1.5 * error(theirs, right)
-        assert error(mine, right) <= allowed, what
-    for mine, right in zip(got[1][:2], exact[1], strict=True):
-        assert float(jnp.abs(mine - right).max()) < 1e-5
+    found = attention_cases.distances(name, ATTENDS[name], run(name, True, monkeypatch))
+    assert found["agree"] > 0.999
+    for what in ("out", "dq", "dk", "dv"):
+        mine, plain = found[what]
+        assert mine <= (EXACT_ERROR if ATTENDS[name][8] == "float32" else 1.5 * plain), what
+    assert all(found[what] < 1e-5 for what in ("lse", "max_logit")), found
 
 
 RACES = """
@@ -122,7 +70,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tests.test_moba_tpu import run
 said = io.StringIO()
 with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-    runs = [run(sys.argv[1], pltpu.InterpretParams(detect_races=True, random_seed=i), patch)[0] for i in range(2)]
+    runs = [run(sys.argv[1], pltpu.InterpretParams(detect_races=True, random_seed=i), patch) for i in range(2)]
     same = jax.tree.map(lambda a, b: bool((a == b).all()), *runs)
 print(json.dumps({"same": all(jax.tree.leaves(same)), "race": said.getvalue().partition("RACE")[2][:1000]}))
 """
@@ -260,7 +208,7 @@ def test_without_a_tpu_the_name_is_refused_with_the_reason():
 def test_a_named_kernel_is_what_runs(monkeypatch):
     """Through the public functions, in the interpreter."""
     on_tpu(monkeypatch)
-    (q, k, v, _), *_ = inputs("a few tokens")
+    (q, k, v, _), *_ = attention_cases.inputs("a few tokens", ATTENDS["a few tokens"])
     with pltpu.force_tpu_interpret_mode():
         out, residuals = moba_attention(q, k, v, block_size=64, top_k=2, return_residuals=True, implementation="tpu")
     right = reference.moba_attention(q, k, v, block_size=64, top_k=2, scale=q.shape[-1] ** -0.5)
