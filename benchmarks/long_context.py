@@ -1,12 +1,13 @@
 """Long contexts at the level of the model, on one Hopper GPU: training at 32K tokens, and prefill from 4K to 1M.
 
-    python -m benchmarks.long_context --workdir=runs/long [--steps 20] [--layers 4]
+    python -m benchmarks.long_context --workdir=runs/long [--steps 20] [--layers 4] [--only PART ...]
     python -m benchmarks.long_context --plot
 
 configs/h100.py with fewer layers, bytes as tokens and sequences of 32K: MoBA by the Hopper kernels, the same by XLA,
 and full attention by the kernels, each trained by a process of its own on the same batches. Then the forward pass to
 the final states, MoBA of blocks of 4,096 with k = 12 (MoBA paper, section 3.3) against full attention. Writes
-benchmarks/results/long_context.json; --plot draws it into docs/images/long_context.png.
+benchmarks/results/long_context.json after every part, and keeps what --only leaves out; --plot draws it into
+docs/images/long_context.png.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from k2jax.training.metrics import read_metrics
 
 RUNS = {"MoBA, kernels": ("moba", True), "MoBA, XLA": ("moba", False), "full attention, kernels": ("full", True)}
 SEQ_LEN = 32_768
+PARTS = (*RUNS, "prefill")
 PREFILL = (4_096, 16_384, 65_536, 262_144, 1_048_576)
 
 
@@ -143,6 +145,7 @@ def main(argv=None):
     parser.add_argument("--workdir", type=Path, default=Path("runs/long"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--one", choices=list(RUNS), help="train this one alone")
     parser.add_argument("--plot", action="store_true")
     flags = parser.parse_args(argv)
@@ -154,13 +157,16 @@ def main(argv=None):
         plot()
         return
     data = {"layers": flags.layers, "seq_len": SEQ_LEN, "training": {}, "prefill": {}}
+    before = record.read("long_context") or {}
+    data |= {name: before[name] for name in ("training", "prefill") if before.get("layers") == flags.layers}
     command = f"python -m benchmarks.long_context --steps={flags.steps} --layers={flags.layers}"
-    for name in RUNS:
-        data["training"][name] = training(name, flags)
-        print(name, {k: v for k, v in data["training"][name].items() if k != "loss"}, flush=True)
-        record.write("long_context", command, data)
-    data["prefill"] = prefill(flags.layers)
-    print(record.write("long_context", command, data))
+    for name in flags.only:
+        if name == "prefill":
+            data[name] = prefill(flags.layers)
+        else:
+            data["training"][name] = training(name, flags)
+            print(name, {k: v for k, v in data["training"][name].items() if k != "loss"}, flush=True)
+        print(record.write("long_context", command, data), flush=True)
 
 
 if __name__ == "__main__":
