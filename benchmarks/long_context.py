@@ -34,6 +34,7 @@ from k2jax.training.metrics import read_metrics
 RUNS = {"MoBA, kernels": ("moba", True), "MoBA, XLA": ("moba", False), "full attention, kernels": ("full", True)}
 SEQ_LEN = 32_768
 PARTS = (*RUNS, "prefill")
+PREFILLED = {"moba": "MoBA, blocks of 4,096, top_k 12", "full": "full attention"}
 PREFILL = (4_096, 16_384, 65_536, 262_144, 1_048_576)
 
 
@@ -88,7 +89,7 @@ def training(name, flags) -> dict:
 def prefill(layers) -> dict:
     """{kind: {tokens: seconds}} of the forward pass; a length that does not fit ends a kind's row, and is said."""
     found = {}
-    for kind in ("moba", "full"):
+    for kind in PREFILLED:
         narrow = {"num_dense_layers": layers, "mlp_dim": 3_072}
         cfg = config(kind, layers, 1, {"block_size": 4_096, "top_k": 12}, **narrow).model
         params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params(cfg, jax.random.key(0)))
@@ -134,10 +135,11 @@ def plot():
         left.plot(
             range(1, len(run["loss"]) + 1), run["loss"], label=f"{name}: {run['median_step_seconds']:.2f} s a step"
         )
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set(xlabel=f"step of 2 x {SEQ_LEN} tokens", ylabel="loss in nats per byte", title="training at 32K")
     for kind, rows in data["prefill"].items():
         rows = [(int(T), seconds) for T, seconds in rows.items() if seconds]
-        right.loglog(*zip(*rows, strict=True), "o-", label=kind)
+        right.loglog(*zip(*rows, strict=True), "o-", label=PREFILLED[kind])
     right.set(xlabel="tokens", ylabel="seconds", title=f"prefill of {data['layers']} layers, {data['hardware']}")
     for axis in (left, right):
         axis.grid(alpha=0.3)
