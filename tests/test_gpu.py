@@ -19,6 +19,7 @@ from k2jax.muonclip import NS, orthogonalize
 from k2jax.newton_schulz import newton_schulz
 from k2jax.training.loop import train
 from k2jax.training.metrics import read_metrics
+from tests import clip_paths
 from tests.oracles.moba import moba as moba_oracle
 
 pytestmark = pytest.mark.gpu
@@ -100,6 +101,17 @@ def test_full_attention_kernels_are_as_exact_as_plain_attention(sizes, dtype):
         error, plain = (jnp.linalg.norm(x.astype(jnp.float32) - right) for x in (mine, theirs))
         assert error < 1.5 * plain
     np.testing.assert_allclose(got[1], exact[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "moba"])
+def test_a_clip_is_driven_by_the_kernels(kind):
+    def attend(q, k, v):
+        if kind == "full":
+            return attention(q, k, v, scale=clip_paths.SCALE, max_logits=True, implementation="sm90")[1]
+        options = {"return_residuals": True, "implementation": "sm90"}
+        return moba_attention(q, k, v, scale=clip_paths.SCALE, **clip_paths.BLOCKS, **options)[1].max_logit_BH
+
+    clip_paths.assert_clipped(attend, "bfloat16")
 
 
 def test_nano_learns_on_a_gpu(tmp_path):
