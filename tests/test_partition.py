@@ -81,6 +81,56 @@ def test_attention_is_the_same_however_it_is_cut():
     assert max(errors.values()) < 2e-5, errors
 
 
+BALANCED = """
+import functools, json
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from k2jax.kernels.attention import reference
+from k2jax.kernels.partition import attend_over_mesh
+
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((2, 48, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+segments = np.array([[1] * 10 + [2] * 38, [1] * 48], np.int32)
+outs = (reference.Attended("BTHV", "BHT", "BH"), "BT")
+
+def attend(q, k, v, segment_ids, q_offset):
+    attended = reference.attention(q, k, v, scale=0.3, segment_ids=segment_ids, q_offset=q_offset)
+    # How many keys this device's queries see, and who it is: kept by the devices that the queries come from.
+    seen = (q_offset + jnp.arange(q.shape[1]) + 1).sum()
+    who = jax.lax.axis_index(axes) if axes else 0
+    return attended, jnp.broadcast_to(1000 * seen + who, q.shape[:2])
+
+def run(q, k, v, balance_from):
+    return attend_over_mesh(attend, q, k, v, segments, 0, outs, balance_from)
+
+def all_of(*qkv, balance_from):
+    loss = lambda *qkv: (run(*qkv, balance_from)[0].out_BTHV ** 2).sum()
+    return jax.jit(lambda *qkv: (run(*qkv, balance_from), jax.grad(loss, (0, 1, 2))(*qkv)))(*qkv)
+
+told, axes = {}, None
+(expected, _), gradients = all_of(q, k, v, balance_from=None)
+for shape, names, axes in (((3, 1), ("a", "b"), "a"), ((2, 2), ("a", "b"), ("a", "b")), ((2, 1), ("a", "b"), "a")):
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[: np.prod(shape)])
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, P(None, axes, None, None))
+        (found, count), found_gradients = all_of(*(jax.device_put(x, place) for x in (q, k, v)), balance_from=4)
+        pairs = zip(jax.tree.leaves((found, found_gradients)), jax.tree.leaves((expected, gradients)), strict=True)
+        error = max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in pairs)
+        halves = {int(x) for x in np.asarray(count)[0]}
+        work = [sum(x // 1000 for x in halves if x % 1000 == device) for device in range(np.prod(shape))]
+        told[str(shape)] = error, work
+print(json.dumps(told))
+"""
+
+
+def test_halves_exchanged_give_the_same_and_every_device_the_same_work():
+    told = told_by(BALANCED, devices=4)
+    assert len(told) == 3
+    assert all(error < 2e-5 for error, _ in told.values()), told
+    assert told["(3, 1)"][1] == [392] * 3
+    assert told["(2, 2)"][1] == [294] * 4
+
+
 def test_dimensions_are_the_letters_behind_a_name():
     assert dims("segment_ids_BS") == "BS"
 

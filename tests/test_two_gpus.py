@@ -39,6 +39,49 @@ def test_a_mesh_of_two_gpus_trains_as_one(axis):
     assert stored < 0.52 or axis in ("data", "seq", "expert", "tensor")
 
 
+CUT_SEQUENCES = """
+import functools, json
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from benchmarks.moba import inputs, with_gradients
+from k2jax.kernels.attention import attention
+from k2jax.moba_pallas import moba_attention
+
+mesh = jax.make_mesh((2,), ("seq",), axis_types=(AxisType.Explicit,))
+arrays = inputs(1, 4096, 4, 2)
+segments = jnp.where(jnp.arange(4096) < 1500, 1, 2)[None]
+
+def full(*qkv, segment_ids, implementation):
+    return attention(*qkv, scale=0.1, segment_ids=segment_ids, max_logits=True, implementation=implementation)
+
+def moba(*qkv, segment_ids, implementation):
+    options = {"segment_ids": segment_ids, "return_residuals": True, "implementation": implementation}
+    out, residuals = moba_attention(*qkv, scale=0.1, block_size=128, top_k=4, **options)
+    return out, residuals.max_logit_BH
+
+told = {}
+for name, attend in (("full", full), ("moba", moba)):
+    for documents in (None, segments):
+        run = functools.partial(attend, segment_ids=documents, implementation="sm90")
+        call = lambda *arrays: jax.jit(functools.partial(with_gradients, run))(*arrays)
+        one = jax.device_get(call(*arrays))
+        with jax.set_mesh(mesh):
+            place = NamedSharding(mesh, P(None, "seq", None, None))
+            two = jax.device_get(call(*(jax.device_put(x, place) for x in arrays)))
+        norm = lambda x: float(jnp.linalg.norm(jnp.asarray(x, jnp.float32)))
+        errors = jax.tree.map(lambda a, b: norm(a.astype("float32") - b.astype("float32")) / norm(b), two, one)
+        told[f"{name}, {'one document' if documents is None else 'two documents'}"] = max(jax.tree.leaves(errors))
+print(json.dumps(told))
+"""
+
+
+def test_kernels_on_a_sequence_cut_over_two_gpus_agree_with_one():
+    told = told_in({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, CUT_SEQUENCES, timeout=PATIENCE)
+    # Each device rounds its part of dk and dv before they are summed.
+    assert len(told) == 4
+    assert all(error < 6e-3 for error in told.values()), told
+
+
 def start(workdir, source, steps):
     """Two processes of one run, a GPU each."""
     with socket.create_server(("127.0.0.1", 0)) as free:

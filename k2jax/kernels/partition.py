@@ -6,6 +6,8 @@ device, the kernel is called as it is.
 """
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 
@@ -53,11 +55,13 @@ def over_mesh(fn, arrays: dict, outs, axes: dict[str, tuple[str, ...]]):
     return mapped(arrays)
 
 
-def attend_over_mesh(attend, q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset, outs):
+def attend_over_mesh(attend, q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset, outs, balance_from=None):
     """attend(q, k, v, segment_ids=..., q_offset=...) with batch, heads and queries cut as they are.
 
     Keys and values are gathered along the sequence. outs: as in `over_mesh`; where queries are cut, a result without T
     is a maximum over them and is combined as one. segment_ids: [B, S] or None; q_offset: int or [B].
+    balance_from: for an attend that skips the future; where every device holds at least that many queries of a cut
+    sequence it computes an early and a late half, which the devices exchange. None: as they lie.
     Raises ValueError where query heads and key heads are cut differently.
     """
     arrays = {"q_BTHK": q_BTHK, "k_BSGK": k_BSGK, "v_BSGV": v_BSGV}
@@ -75,18 +79,51 @@ def attend_over_mesh(attend, q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset, outs
         arrays["q_offset_B"] = q_offset
 
     def local(q_BTHK, k_BSGK, v_BSGV, segment_ids_BS=None, q_offset_B=q_offset):
-        if queries is not None:
-            q_offset_B = q_offset_B + jax.lax.axis_index(queries) * q_BTHK.shape[1]
-        attended = attend(q_BTHK, k_BSGK, v_BSGV, segment_ids=segment_ids_BS, q_offset=q_offset_B)
+        def of_queries(q_BTHK, first):
+            return attend(q_BTHK, k_BSGK, v_BSGV, segment_ids=segment_ids_BS, q_offset=q_offset_B + first)
+
         if queries is None:
-            return attended
+            return of_queries(q_BTHK, 0)
+        T = q_BTHK.shape[1]
+        if balance_from is not None and balance_from <= T and T % 2 == 0:
+            attended = _early_and_late(of_queries, q_BTHK, queries, outs)
+        else:
+            attended = of_queries(q_BTHK, lax.axis_index(queries) * T)
         return jax.tree.map(lambda letters, x: x if "T" in letters else _highest(x, queries), outs, attended)
 
     return over_mesh(local, arrays, outs, axes)
 
 
 def _highest(x, axes):
-    return jax.lax.pmax(jax.lax.stop_gradient(x), axes)
+    return lax.pmax(lax.stop_gradient(x), axes)
+
+
+def _early_and_late(of_queries, q_BTHK, axes, outs):
+    """of_queries(q, first) of the two halves of every device's queries, each computed by another device.
+
+    Of n devices, half c of all 2n is computed by device c, or by 2n - 1 - c if there is none: the work of a half grows
+    with c, so every device has the same. Device i holds halves 2i and 2i + 1, so the even ones go to n different
+    devices, and so do the odd ones: two permutations, and two back.
+    """
+    n, here, rows = lax.axis_size(axes), lax.axis_index(axes), q_BTHK.shape[1] // 2
+
+    def send(x, odd, back=False):
+        halves = [(i, 2 * i + odd) for i in range(n)]
+        pairs = [(i, min(c, 2 * n - 1 - c)) for i, c in halves]
+        return lax.ppermute(x, axes, [pair[::-1] for pair in pairs] if back else pairs)
+
+    def half(odd):
+        q_half_BTHK = send(lax.slice_in_dim(q_BTHK, odd * rows, (odd + 1) * rows, axis=1), odd)
+        number = jnp.where(here % 2 == odd, here, 2 * n - 1 - here)
+        attended = of_queries(q_half_BTHK, number * rows)
+        return jax.tree.map(lambda letters, x: send(x, odd, back=True) if "T" in letters else x, outs, attended)
+
+    def join(letters, even, odd):
+        if "T" in letters:
+            return lax.concatenate([even, odd], letters.index("T"))
+        return jnp.maximum(even, odd)
+
+    return jax.tree.map(join, outs, half(0), half(1))
 
 
 def on_shards(fn, arguments: tuple, in_specs: tuple, out_specs, mesh=None):

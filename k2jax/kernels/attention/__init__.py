@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 # Above this, skipping most of the future saves more than computing the logits again in the backward costs.
 REFERENCE_MAX_PAIRS = 2**17
 
+# Queries of a device, from which on two halves still are whole tiles of the kernels.
+KERNELS_BALANCE_FROM = 256
+
 IMPLEMENTATIONS = {
     "reference": reference.attention,
     "xla": xla.attention,
@@ -80,7 +83,9 @@ def attention(
     if not isinstance(q_offset, int):
         q_offset = jnp.broadcast_to(q_offset, q_BTHK.shape[:1])
     outs = reference.Attended("BTHV", "BHT", "BH")
-    attended = attend_over_mesh(attend, q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset, outs)
+    # The kernels skip the future; XLA's form does not, so exchanging halves would gain nothing there.
+    balance_from = KERNELS_BALANCE_FROM if implementation in ("sm90", "tpu") else None
+    attended = attend_over_mesh(attend, q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset, outs, balance_from)
     return (attended.out_BTHV, attended.max_logit_BH) if max_logits else attended.out_BTHV
 
 
