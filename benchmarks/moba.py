@@ -34,11 +34,13 @@ from k2jax.kernels.moba.pairs import largest as largest_of_pairs
 
 # name: batch, tokens, query heads, key heads, block size, top k, sizes of keys and values, ends of documents
 CHECKS = {
-    "small": (1, 1024, 2, 2, 128, 3, 128, 128),
-    "odd length, grouped": (2, 1500, 4, 2, 256, 2, 128, 128),
-    "many": (1, 4096, 2, 1, 128, 8, 128, 128),
+    "short": (1, 1024, 2, 2, 128, 3, 128, 128),
+    "odd length, grouped": (2, 2700, 4, 2, 256, 2, 128, 128),
+    "many": (1, 16384, 1, 1, 128, 8, 128, 128),
     "own block alone": (1, 1024, 1, 1, 512, 1, 64, 64),
-    "MLA": (1, 2000, 2, 2, 128, 4, 192, 128),
+    "MLA": (1, 6100, 1, 1, 128, 4, 192, 128),
+    "MLA, short": (1, 2000, 2, 2, 128, 4, 192, 128),
+    "short, grouped, three words": (1, 9000, 2, 1, 128, 8, 128, 128),
     "packed documents": (2, 2000, 2, 1, 128, 3, 128, 128, 37, 700, 701, 1400),
     "odd blocks": (1, 1500, 2, 2, 100, 4, 128, 128),
     "many choices": (1, 4096, 2, 1, 64, 20, 64, 64),

@@ -23,6 +23,7 @@ ATTENDS = {
     "blocks of 100": (1, 560, 2, 1, 64, 64, 100, 3, "bfloat16", 900),
     "blocks of 200 in documents": (1, 900, 1, 1, 128, 128, 200, 2, "float16", 2**22, 450),
     "many choices": (1, 1300, 2, 1, 64, 64, 64, 18, "bfloat16", 2**22),
+    "more than 32 blocks": (1, 4300, 1, 1, 64, 64, 128, 3, "bfloat16", 2**22),
     "full, packed documents": (2, 601, 2, 1, 64, 64, None, None, "bfloat16", None, 37, 290, 300, 301),
     "a chunk of the queries": (2, 620, 2, 1, 64, 64, 128, 3, "bfloat16", 2**22),
     "a chunk of the queries of documents": (2, 620, 2, 1, 64, 64, 100, 2, "bfloat16", 900, 180, 400),

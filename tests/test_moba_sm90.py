@@ -41,9 +41,10 @@ from tests.test_moba_sm90 import GATES
 gpu_interpreter.patch()
 interpret = plgpu.InterpretGPUParams(detect_races=True)
 
-def attend(name):
+def attend(name, short):
     case = ATTENDS[name]
     sm90.PAIRS = case[9]
+    sm90.is_short = lambda *_: short
     options = {"num_sms": 3, "interpret": interpret}
     call = call_of(
         name, case, functools.partial(full.attention, **options), functools.partial(sm90.moba_attention, **options)
@@ -67,10 +68,14 @@ def gate(case):
     right = choose(score, jnp.broadcast_to(candidate, score.shape), chosen)
     return int((got[..., :T].swapaxes(2, 3) != right).sum())
 
-name = sys.argv[1]
-print(json.dumps(attend(name) if name in ATTENDS else gate(GATES[name])))
+name, *short = sys.argv[1:]
+print(json.dumps(attend(name, bool(short)) if name in ATTENDS else gate(GATES[name])))
 """
 
+SHORT = [
+    "a tile and a half, grouped heads", "heads in steps, an odd length", "MLA", "float16", "large blocks",
+    "more choices than blocks", "more than 32 blocks",
+]  # fmt: skip
 QUICK = {"a tile and a half, grouped heads", "full", "packed documents"}
 
 # batch, tokens, query heads, key heads, block size, chosen, type; small whole numbers, so that many scores are equal
@@ -82,16 +87,24 @@ GATES = {
 }
 
 
-def interpret(name):
+def interpret(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         # Every simulated warpgroup that waits at a barrier holds a thread of XLA's pool, which has one per core.
         patch.setenv("NPROC", "24")
-        return told_by(INTERPRET, 1, arguments=[name])
+        return told_by(INTERPRET, 1, arguments=arguments)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.check) for n in ATTENDS])
 def test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type(name):
-    told = interpret(name)
+    assert_exact(interpret(name))
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.check) for n in SHORT])
+def test_all_pairs_of_a_short_text_are_as_exact_as_plain_attention_in_their_type(name):
+    assert_exact(interpret(name, "short"))
+
+
+def assert_exact(told):
     assert told["race"] == ""
     assert told["agree"] > 0.999
     assert all(mine / plain < 1.5 for mine, plain in (told[what] for what in ("out", "dq", "dk", "dv"))), told
@@ -154,7 +167,7 @@ def lowered(run, *shapes):
 
 
 @pytest.mark.parametrize("sizes", full_sm90.HEAD_SIZES, ids=str)
-@pytest.mark.parametrize(("dtype", "T"), [("bfloat16", 1500), pytest.param("float16", 4096, marks=pytest.mark.check)])
+@pytest.mark.parametrize(("dtype", "T"), [("bfloat16", 1500), pytest.param("float16", 8192, marks=pytest.mark.check)])
 def test_kernels_lower_for_a_gpu_without_one(sizes, dtype, T):
     q, k, v = (jax.ShapeDtypeStruct((2, T, h, n), dtype) for h, n in ((4, sizes[0]), (2, sizes[0]), (2, sizes[1])))
     options = {"scale": 0.1, "num_sms": H100_SMS}
@@ -223,6 +236,13 @@ def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch):
     assert cut.startswith("implementation: xla")
     assert "sequences cut over a mesh have not been measured on GPUs; name 'sm90'" in cut
     assert attention_room.choose((1, 2048, 2, 128), (1, 2048, 2, 128), None)[0] == "sm90"
+
+
+def test_short_texts_are_attended_to_as_a_whole():
+    assert sm90.is_short(8192, 128, 7)
+    assert not sm90.is_short(16384, 128, 7)
+    assert not sm90.is_short(128, 128, 0)
+    assert not sm90.is_short(129 * 128, 128, 40)  # more blocks than there are bits
 
 
 def test_without_a_hopper_gpu_the_name_is_refused_with_the_reason():

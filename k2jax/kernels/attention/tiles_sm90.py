@@ -10,7 +10,8 @@ rows in registers (the online softmax of FlashAttention-2, arXiv 2307.08691, alg
 it writes there is dropped.
 
 Legend: B batch, T queries = S keys, H query heads, G key heads, P gathered rows (Y tiles of 128), K query/key size, V
-value size, C keys of a block, D blocks, Q rows of a warpgroup, W warpgroups, N keys of a step, R ring slots.
+value size, C keys of a block, D blocks, Q rows of a warpgroup, W warpgroups, N keys of a step, R ring slots, E
+words of a choice.
 """
 
 import dataclasses
@@ -52,6 +53,13 @@ class Starts(NamedTuple):
     span_BY3: jax.Array
 
 
+class Choice(NamedTuple):
+    """The blocks that each query sees of the keys up to itself: of block n, bit n % 32 of its word n // 32."""
+
+    word_EBHT: jax.Array  # int32, E words of each query, T rounded up to a tile
+    block_size: int  # a multiple of 128
+
+
 def starts_of(start_BT, position_B) -> Starts:
     """Starts from the first key of each query, int32 [B, T] and rising along T, and the first query's position."""
     B, T = start_BT.shape
@@ -70,8 +78,8 @@ def padded(length: int) -> int:
 
 
 def attend(
-    scale, block_size, q, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, starts=None, num_keys=None, num_sms=None,
-    interpret=None,
+    scale, block_size, q, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, starts=None, choice=None, num_keys=None,
+    num_sms=None, interpret=None,
 ):  # fmt: skip
     """Softmax attention of every row to its tile's block, as far as the block alone goes.
 
@@ -84,6 +92,7 @@ def attend(
         of the others are undefined.
       starts: for q_BTHK, the first key of every query, and where they lie if they are not as many as the keys;
         `block_size` is then that of one block for all keys.
+      choice: for q_BTHK, which parts of their block the queries see; each sees at least the part that it is in.
       num_keys: for q_PK, how many of a block's keys there are, from the first one on; None for all.
       num_sms: blocks that run at a time; None asks the default device.
       interpret: `plgpu.InterpretGPUParams()` runs it on a CPU, slowly.
@@ -95,7 +104,7 @@ def attend(
     K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
     step, slots = _fit(((128, 2), (64, 2), (64, 1)), TILE * K, SLOTS * (K + V), TILE * V)
     row = jax.ShapeDtypeStruct(_vector_shape(q), jnp.float32)
-    work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys)
+    work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys, choice and choice.block_size)
     kernel = _persistent(
         functools.partial(_attend_kernel, work=work, scale=scale),
         out_type=(jax.ShapeDtypeStruct((*q.shape[:-1], V), dtype), row, row),
@@ -117,7 +126,7 @@ def attend(
             "turn": plgpu.Barrier(num_barriers=CONSUMERS),
         },
     )
-    return kernel(*_tables(block_Y, used_1, starts), q, k_BSGK, v_BSGV)
+    return kernel(*_tables(block_Y, used_1, starts, choice), q, k_BSGK, v_BSGV)
 
 
 def rows_gradient(
@@ -167,8 +176,10 @@ def _vector_shape(q):
     return (q.shape[0], q.shape[2], padded(q.shape[1])) if q.ndim == 4 else q.shape[:1]
 
 
-def _tables(block_Y, used_1, starts):
+def _tables(block_Y, used_1, starts, choice=None):
     """Two tables for `_Work.walk`; where rows read their own block from its start, neither is read."""
+    if choice is not None:
+        return choice.word_EBHT, jnp.zeros(1, jnp.int32)
     if starts is not None:
         return starts.start_BT, starts.span_BY3
     return (jnp.zeros(1, jnp.int32),) * 2 if block_Y is None else (block_Y, used_1)
@@ -203,15 +214,17 @@ class _Tile:
     clear_from: object  # the first step in which no row has still to begin; None where all begin with the first
     clear_to: Callable  # (first row of a warpgroup) -> the first step with keys that some of its rows do not see
     sees: Callable | None  # (shape, first row, step) -> whether each row sees each key; None if all see all
+    # (first row) -> (step) -> whether each row chose the block of the step's keys; None where there is no choice
+    chooses: Callable | None = None
 
 
 class _Work:
     """Which tiles there are, and in which order."""
 
-    def __init__(self, q, k_BSGK, block_size, step, has_starts, num_keys):
+    def __init__(self, q, k_BSGK, block_size, step, has_starts, num_keys, choice_size=None):
         self.num_batch, self.length, self.num_key_heads = k_BSGK.shape[:3]
         self.num_rows, self.num_heads = q.shape[1:3] if q.ndim == 4 else (0, None)  # None: rows that chose their block
-        self.block_size, self.step, self.has_starts = block_size, step, has_starts
+        self.block_size, self.step, self.has_starts, self.choice_size = block_size, step, has_starts, choice_size
         self.num_keys = block_size if num_keys is None else num_keys
 
     def walk(self, table, table_2, body):
@@ -221,7 +234,8 @@ class _Work:
             if self.num_heads is None:
                 tile = self._chosen(table, number)
             else:
-                tile = self._own(number, *((table, table_2) if self.has_starts else (None, None)))
+                starts = (table, table_2) if self.has_starts else (None, None)
+                tile = self._own(number, *starts, table if self.choice_size else None)
             body(here, tile, so_far)
             return so_far + tile.steps
 
@@ -230,7 +244,7 @@ class _Work:
         else:
             walk_share(self.num_batch * self.num_heads * (padded(self.num_rows) // TILE), one)
 
-    def _own(self, number, start_BT, span_BY3):
+    def _own(self, number, start_BT, span_BY3, word_EBHT):
         # The last rows of all heads first: where they see all earlier ones, those are the longest tiles.
         batch_head, tiles_behind = split(number, self.num_batch * self.num_heads)
         head, batch = split(batch_head, self.num_heads)
@@ -257,6 +271,22 @@ class _Work:
             start_Q = plgpu.load(start_BT.at[batch, rows], layout=ROW, optimized=False) - first_key
             return seen_QN & (key_QN >= _over(start_Q, shape))
 
+        def chooses(first):
+            rows = pl.ds(first_row + first, ROWS)
+            words = [
+                plgpu.load(word_EBHT.at[e, batch, head, rows], layout=ROW, optimized=False)
+                for e in range(word_EBHT.shape[0])
+            ]
+
+            def chose(step):
+                here = lax.div(step * self.step, jnp.int32(self.choice_size))
+                word_Q = words[0]
+                for e in range(1, len(words)):
+                    word_Q = jnp.where(here >= 32 * e, words[e], word_Q)
+                return (word_Q & lax.shift_left(jnp.int32(1), lax.rem(here, jnp.int32(32)))) != 0
+
+            return chose
+
         steps = lax.div(row + (TILE - 1), N) + 1
         clear_from = None
         if start_BT is not None:
@@ -268,6 +298,7 @@ class _Work:
             clear_from,
             lambda first: jnp.maximum(lax.div(row + first + 1, N), jnp.int32(0) if clear_from is None else clear_from),
             sees,
+            None if word_EBHT is None else chooses,
         )
 
     def _chosen(self, block_Y, number):
@@ -435,6 +466,7 @@ def _attend_tile(tile, so_far, rows, ring, turn, scale):
     """
     (wg, q_QK, q_empty), dtype = rows, ring.k_RNK.dtype
     N, V, last = ring.k_RNK.shape[1], ring.v_RNV.shape[2], tile.steps - 1
+    chose = None if tile.chooses is None else tile.chooses(wg * ROWS)
 
     def pass_turn():
         plgpu.barrier_arrive(turn.at[1 - wg])
@@ -458,7 +490,8 @@ def _attend_tile(tile, so_far, rows, ring, turn, scale):
         plgpu.barrier_arrive(ring.k_empty.at[slot])
 
     def soften(i, carry, masked):
-        softened = _soften(carry, tile.sees(carry[0].shape, wg * ROWS, i) if masked else None, scale, dtype)
+        seen_QN = tile.sees(carry[0].shape, wg * ROWS, i) if masked else None
+        softened = _soften(carry, seen_QN, None if chose is None else chose(i), scale, dtype)
         plgpu.barrier_wait(ring.v_full.at[slot_of(so_far + i)])
         plgpu.barrier_wait(turn.at[wg])
         return softened
@@ -495,16 +528,24 @@ def _attend_tile(tile, so_far, rows, ring, turn, scale):
     return acc_QV, max_Q, sum_Q
 
 
-def _soften(carry, seen_QN, scale, dtype):
-    """The weights p_QN of a step's logits, and what was summed so far on their scale. seen_QN: None if all is seen."""
+def _soften(carry, seen_QN, chosen_Q, scale, dtype):
+    """The weights p_QN of a step's logits, and what was summed so far on their scale.
+
+    seen_QN: None if every key is seen. chosen_Q: the rows that see any of the keys; None if all do.
+    """
     s_QN, acc_QV, max_Q, sum_Q = carry
     if seen_QN is not None:
         s_QN = jnp.where(seen_QN, s_QN, -jnp.inf)
     new_Q = jnp.maximum(max_Q, s_QN.max(axis=1))
-    if seen_QN is not None:  # A row that sees no key yet has no difference of infinities.
+    if chosen_Q is not None:
+        new_Q = jnp.where(chosen_Q, new_Q, max_Q)
+    if not (seen_QN is None and chosen_Q is None):  # A row that sees no key yet has no difference of infinities.
         new_Q = jnp.maximum(new_Q, LOWEST)
     faded_Q = jnp.exp2((max_Q - new_Q) * (scale * LOG2E))
-    p_QN = jnp.exp2(s_QN * (scale * LOG2E) - _over(new_Q * (scale * LOG2E), s_QN.shape))
+    subtracted_Q = new_Q * (scale * LOG2E)
+    if chosen_Q is not None:
+        subtracted_Q = jnp.where(chosen_Q, subtracted_Q, jnp.inf)
+    p_QN = jnp.exp2(s_QN * (scale * LOG2E) - _over(subtracted_Q, s_QN.shape))
     sum_Q = sum_Q * faded_Q + p_QN.sum(axis=1)
     acc_QV = acc_QV * _over(faded_Q, acc_QV.shape)
     # The compiler would otherwise move arithmetic past the barriers, into the other warpgroup's turn.

@@ -4,6 +4,8 @@
 2. `grouping` sorts the (query, block) pairs by block and cuts them into tiles; XLA gathers the tiles' queries.
 3. `attention.tiles_sm90` computes the tiles, and the queries against their own blocks as they lie.
 4. The partial results of a query are gathered back and joined by their log-sum-exp, in the order of its choices.
+Where a text is so short that 2 to 4 take longer than all pairs of its tokens (`is_short`), its forward pass computes
+all of them instead, and every query skips what it did not choose.
 The backward recomputes probabilities from the joined log-sum-exp: `attention.keys_gradient_sm90` sums what every query
 that read a block sends back, `attention.tiles_sm90` computes each pair's part of dq, gathered back like the output.
 Nothing is ever added in an order that could change between runs.
@@ -25,7 +27,7 @@ from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.reference import query_positions
 from k2jax.kernels.attention.sm90 import needs_positions, own_rows, starts_at, whole_groups
 from k2jax.kernels.attention.sm90 import refusal as attention_refusal
-from k2jax.kernels.attention.tiles_sm90 import TILE, Starts, attend, padded, rows_gradient
+from k2jax.kernels.attention.tiles_sm90 import TILE, Choice, Starts, attend, padded, rows_gradient
 from k2jax.kernels.moba.blocks import Attended, Residuals, layout
 from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN, choose_blocks_sm90
 from k2jax.kernels.moba.grouping import group, num_tiles
@@ -44,6 +46,9 @@ from k2jax.kernels.moba.routing import history_blocks
 
 # Pairs whose gathered queries and partial results are in memory at once: 8 GiB at 2 * 256 bytes each, 12 backward.
 PAIRS = 2**24
+# On an H100 a choice costs, beside its keys, as much as this many keys of a query in full attention.
+KEYS_OF_A_CHOICE = 768
+MAX_SHORT_BLOCKS = 128  # A query's choice is in registers then, a bit for each.
 
 
 def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale) -> str | None:
@@ -142,6 +147,9 @@ def _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed):
     per_query = functools.partial(_per_query, T=T)
     far = [_far(settings, x, packed) for x in (k_BSGK, v_BSGV)]
     winner_BHJT = _choose(settings, q_BTHK, far[0], packed)
+    short = packed is None and is_short(T, settings.block_size, settings.J)
+    if short:
+        own_block, own_options = padded(T), own_options | {"choice": _choice(settings, winner_BHJT)}
     out_BTHV, lse_BHT, max_BHT = attend(scale, own_block, q_BTHK, k_BSGK, v_BSGV, **own_options)
     max_BH = jnp.max(max_BHT[..., : settings.num_tokens], axis=-1)
 
@@ -154,7 +162,7 @@ def _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed):
         max_BH = jnp.maximum(max_BH, largest(max_P, groups.row_P, winner_BHJT.shape, settings.R, TILE))
         return out_BTHV, lse_BHT, max_BH
 
-    if settings.J:
+    if settings.J and not short:
         own = (out_BTHV, lse_BHT, max_BH)
         few = _few_heads(settings, q_BTHK, k_BSGK)
         out_BTHV, lse_BHT, max_BH = by_heads(join_chosen, *few, winner_BHJT, own, (2, 1, 1))
@@ -215,6 +223,27 @@ def _call(settings, packed, S):
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def is_short(T, block_size, J) -> bool:
+    """Whether to attend to all pairs of T tokens costs less than to J earlier blocks and the own one, forward."""
+    few = 2 * ((J + 1) * block_size + J * KEYS_OF_A_CHOICE)
+    return J > 0 and few >= T and -(-T // block_size) <= MAX_SHORT_BLOCKS
+
+
+def _choice(settings, winner_BHJT) -> Choice:
+    """Each query's chosen blocks and its own one."""
+    own_T = jnp.arange(winner_BHJT.shape[-1], dtype=jnp.int32) // settings.block_size
+
+    def word(e):
+        def bits(block):
+            return jnp.where(block // 32 == e, jnp.left_shift(jnp.int32(1), block % 32), 0)
+
+        chosen_BHJT = jnp.where(winner_BHJT < 0, 0, bits(winner_BHJT))
+        return jnp.sum(chosen_BHJT, axis=2, dtype=jnp.int32) | bits(own_T)
+
+    words = -(-settings.table_blocks // 32)
+    return Choice(jnp.stack([word(e) for e in range(words)]), settings.block_size)
 
 
 def _few_heads(settings, q_BTHK, k_BSGK):
