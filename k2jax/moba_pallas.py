@@ -14,7 +14,7 @@ import math
 import jax.numpy as jnp
 
 from k2jax.kernels.attention import IMPLEMENTATIONS as FULL_ATTENTION
-from k2jax.kernels.attention import cannot_run_sm90, check_shapes, unmeasured
+from k2jax.kernels.attention import cannot_run_sm90, check_shapes
 from k2jax.kernels.attention import choose as choose_full_attention
 from k2jax.kernels.hopper import CannotRun
 from k2jax.kernels.moba import reference, sm90, tpu, xla
@@ -140,7 +140,7 @@ def _choose(q, k, v, segment_ids, q_offset, *, block_size, top_k, scale):
     """The implementation None stands for, and the reason."""
     T = q.shape[1]
     if isinstance(q_offset, int) and q_offset + T <= block_size * top_k:
-        not_sm90 = cannot_run_sm90(q, v, scale) or unmeasured(q)
+        not_sm90 = cannot_run_sm90(q, v, scale)
         full, _ = choose_full_attention(q.shape, k.shape, not_sm90)
         same = f"{q_offset + T} tokens fit in top_k * block_size = {block_size * top_k}: the same function"
         return f"full-{full}", same
@@ -150,7 +150,7 @@ def _choose(q, k, v, segment_ids, q_offset, *, block_size, top_k, scale):
             f"{T} queries are fewer than one block of {block_size}: T x S memory is the smaller one",
         )
     call = {"block_size": block_size, "top_k": top_k, "scale": scale}
-    not_sm90 = _cannot_run("sm90", q, k, v, **call) or unmeasured(q)
+    not_sm90 = _cannot_run("sm90", q, k, v, **call)
     if not_sm90:
         reason = unproven() or f"not 'sm90': {not_sm90}"
         return "xla", f"its memory grows with S * top_k; {reason}"

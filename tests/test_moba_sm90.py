@@ -231,10 +231,12 @@ def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch):
     assert plan(*call(K=192), segment_ids=jnp.zeros((1, 2048), jnp.int32)).startswith("implementation: sm90")
     offset = jnp.zeros(1, jnp.int32)
     assert moba_pallas._choose(*call(), None, offset, block_size=200, top_k=3, scale=1.0)[0] == "sm90"
-    monkeypatch.setattr(attention_room, "mesh_axes", lambda x: {"T": "seq"})
+    monkeypatch.setattr(attention_room, "num_cuts", lambda q: 16)
+    assert plan(*call()).startswith("implementation: sm90")
+    monkeypatch.setattr(attention_room, "num_cuts", lambda q: 32)
     cut = plan(*call())
     assert cut.startswith("implementation: xla")
-    assert "sequences cut over a mesh have not been measured on GPUs; name 'sm90'" in cut
+    assert "64 queries are fewer than a tile of 128" in cut
     assert attention_room.choose((1, 2048, 2, 128), (1, 2048, 2, 128), None)[0] == "sm90"
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from k2jax.kernels.partition import attend_over_mesh, dims, mesh_axes, over_mesh
+from k2jax.kernels.partition import attend_over_mesh, dims, mesh_axes, num_cuts, over_mesh
 from tests.on_devices import told_by
 
 FOUR_DEVICES = """
@@ -133,6 +133,15 @@ def test_halves_exchanged_give_the_same_and_every_device_the_same_work():
 
 def test_dimensions_are_the_letters_behind_a_name():
     assert dims("segment_ids_BS") == "BS"
+
+
+def test_cuts_of_a_sequence_are_counted():
+    assert num_cuts(jnp.zeros((1, 4, 1, 8))) == 1
+    mesh = jax.sharding.AbstractMesh((2, 3, 2), ("a", "b", "c"), axis_types=(AxisType.Explicit,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+        for cut, count in ((None, 1), ("b", 3), (("b", "c"), 6)):
+            place = NamedSharding(mesh, P("a" if cut == "b" else None, cut))
+            assert num_cuts(jax.ShapeDtypeStruct((2, 12, 1, 8), jnp.float32, sharding=place)) == count
 
 
 def test_without_a_mesh_a_kernel_runs_as_it_is():

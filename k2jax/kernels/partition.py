@@ -5,6 +5,8 @@ letters behind an array's name, as everywhere: `q_BTHK` has B, T, H and K. Witho
 device, the kernel is called as it is.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -26,6 +28,12 @@ def mesh_axes(arrays: dict) -> dict[str, tuple[str, ...]]:
             if found.setdefault(letter, axes) != axes:
                 raise ValueError(f"{name} cuts {letter} over {axes}, another array over {found[letter]}")
     return {letter: axes for letter, axes in found.items() if axes}
+
+
+def num_cuts(q_BTHK) -> int:
+    """How many devices share the queries of a sequence."""
+    axes = mesh_axes({"q_BTHK": q_BTHK}).get("T", ())
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
 
 
 def dims(name: str) -> str:

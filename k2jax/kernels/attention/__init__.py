@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from k2jax.kernels.attention import reference, sm90, tpu, xla
 from k2jax.kernels.hopper import CannotRun, not_hopper
-from k2jax.kernels.partition import attend_over_mesh, mesh_axes
+from k2jax.kernels.partition import attend_over_mesh, num_cuts
 from k2jax.kernels.tpu import not_tpu, unproven
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def attention(
     """
     check_shapes(q_BTHK, k_BSGK, v_BSGV, segment_ids, q_offset)
     if implementation is None:
-        not_sm90 = cannot_run_sm90(q_BTHK, v_BSGV, scale) or unmeasured(q_BTHK)
+        not_sm90 = cannot_run_sm90(q_BTHK, v_BSGV, scale)
         implementation, why = choose(q_BTHK.shape, k_BSGK.shape, not_sm90)
         _log_choice(implementation, why, q_BTHK.shape, k_BSGK.shape)
     if implementation not in IMPLEMENTATIONS:
@@ -99,16 +99,10 @@ def choose(q_shape, k_shape, not_sm90: str | None) -> tuple[str, str]:
     return "sm90", "a Hopper GPU, and a call that its kernels take"
 
 
-def unmeasured(q_BTHK) -> str | None:
-    """What of this call the Hopper kernels have not been measured with on a GPU, or None."""
-    if "T" in mesh_axes({"q_BTHK": q_BTHK}):
-        return "sequences cut over a mesh have not been measured on GPUs; name 'sm90' to take it"
-    return None
-
-
 def cannot_run_sm90(q_BTHK, v_BSGV, scale) -> str | None:
     """Why the Hopper kernels cannot compute this call of full attention here, or None."""
-    return not_hopper() or sm90.refusal(q_BTHK.shape, v_BSGV.shape, q_BTHK.dtype, scale=scale)
+    B, T, H, K = q_BTHK.shape
+    return not_hopper() or sm90.refusal((B, T // num_cuts(q_BTHK), H, K), v_BSGV.shape, q_BTHK.dtype, scale=scale)
 
 
 def cannot_run_tpu(q_BTHK, k_BSGK, v_BSGV) -> str | None:
