@@ -43,13 +43,13 @@ def main():
         "MoBA, one GPU": (moba, False),
         "MoBA, cut": (moba, True),
     }
-    mesh = jax.make_mesh((len(jax.devices()),), ("seq",), axis_types=(AxisType.Explicit,))
+    mesh = jax.make_mesh((len(jax.devices()),), ("gpus",), axis_types=(AxisType.Explicit,))
     arrays, found = inputs(1, TOKENS, HEADS, HEADS), {}
     for name, (attend, is_cut) in cases.items():
         run = jax.jit(functools.partial(with_gradients, attend))
         if is_cut:
             with jax.set_mesh(mesh):
-                place = NamedSharding(mesh, PartitionSpec(None, "seq", None, None))
+                place = NamedSharding(mesh, PartitionSpec(None, "gpus", None, None))
                 found[name] = median_ms(run, *(jax.device_put(x, place) for x in arrays))
         else:
             found[name] = median_ms(run, *arrays)

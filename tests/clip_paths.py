@@ -31,6 +31,7 @@ def clipped_by(attend, dtype):
 
     before_H = largest(params)
     tau = float(before_H[1]) / 1.5
+    assert tau > 0
     to_heads = MatrixSpec(-3, (-2, -1))
     optimizer = muonclip(
         1.0,

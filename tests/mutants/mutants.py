@@ -50,6 +50,8 @@ ON_A_MESH = f"{GROUPS}test_many_devices_tell_what_one_tells_and_leave_the_result
 HOPPER = "tests/test_moba_sm90.py::"
 HOPPER_GATE = f"{HOPPER}test_interpreted_gate_chooses_as_the_definition_does_where_scores_are_equal"
 HOPPER_IS_EXACT = f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type"
+HOPPER_SHORT = f"{HOPPER}test_all_pairs_of_a_short_text_are_as_exact_as_plain_attention_in_their_type"
+BALANCED = "tests/test_partition.py::test_halves_exchanged_give_the_same_and_every_device_the_same_work"
 TPU_IS_EXACT = "tests/test_moba_tpu.py::test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type"
 DATA = "tests/test_pipeline.py::"
 MIXTURE = "tests/test_mixture.py::"
@@ -561,16 +563,30 @@ MODEL_MUTANTS = (
     Mutant(
         "each device keeps its own queries' max logits",
         "k2jax/kernels/partition.py",
-        "jax.lax.pmax(jax.lax.stop_gradient(x), axes)",
+        "lax.pmax(lax.stop_gradient(x), axes)",
         "x",
         "tests/test_partition.py::test_attention_is_the_same_however_it_is_cut",
     ),
     Mutant(
         "every part of a sequence believes to be its beginning",
         "k2jax/kernels/partition.py",
-        "q_offset_B + jax.lax.axis_index(queries) * q_BTHK.shape[1]",
-        "q_offset_B",
+        "lax.axis_index(queries) * T",
+        "0 * T",
         "tests/test_partition.py::test_attention_is_the_same_however_it_is_cut",
+    ),
+    Mutant(
+        "halves that were exchanged come back to where they were computed",
+        "k2jax/kernels/partition.py",
+        "[pair[::-1] for pair in pairs] if back else pairs",
+        "pairs",
+        BALANCED,
+    ),
+    Mutant(
+        "the second half of a device takes the position of the first",
+        "k2jax/kernels/partition.py",
+        "jnp.where(here % 2 == odd, here, 2 * n - 1 - here)",
+        "jnp.where(here % 2 == 0, here, 2 * n - 1 - here)",
+        BALANCED,
     ),
     Mutant(
         "parts of an expert's hidden units are not added up",
@@ -1182,6 +1198,27 @@ KERNELS_MUTANTS = (
         "index_P = (head_P // H * T + t_P) * H + head_P % H",
         "index_P = (head_P // H * T + t_P) * H",
         f"{HOPPER_IS_EXACT}[a tile and a half, grouped heads]",
+    ),
+    Mutant(
+        "a row that did not choose a block takes its maximum",
+        "k2jax/kernels/attention/tiles_sm90.py",
+        "new_Q = jnp.where(chosen_Q, new_Q, max_Q)",
+        "new_Q = jnp.maximum(new_Q, max_Q)",
+        f"{HOPPER_SHORT}[more than 32 blocks]",
+    ),
+    Mutant(
+        "a query of a short text does not see its own block",
+        "k2jax/kernels/moba/sm90.py",
+        "| bits(own_T)",
+        "| bits(jnp.maximum(own_T - 1, 0))",
+        f"{HOPPER_SHORT}[a tile and a half, grouped heads]",
+    ),
+    Mutant(
+        "the clip is told the smallest of a head's largest logits",
+        "k2jax/kernels/attention/tpu.py",
+        "jnp.max(max_XT[:, :T], axis=1)",
+        "jnp.min(max_XT[:, :T], axis=1)",
+        "tests/test_clip_paths.py::test_a_clip_is_driven_by_the_kernels_for_tpus[full]",
     ),
     Mutant(
         "the TPU kernel hides a query's own key",
