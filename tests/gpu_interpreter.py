@@ -1,8 +1,12 @@
 """Teaches JAX's interpreter of Mosaic GPU kernels what ours need and it (jax 0.11 and 0.12) does not know.
 
 A wgmma whose left operand is in registers: it reads both from shared memory. `pl.run_state` of accumulators with first
-values: it knows scoped ones alone. `patch()` adds both; everything else is the interpreter's.
+values: it knows scoped ones alone. Copies that add to global memory. Semaphores in global memory, as which it has
+none: whoever waits for a block that started before is let through, since it runs blocks one after the other. `patch()`
+adds these; everything else is the interpreter's.
 """
+
+import functools
 
 import jax
 import numpy as np
@@ -13,7 +17,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 def patch():
     interpreter.wgmma = _wgmma(interpreter.wgmma)
+    interpreter.copy_smem_to_gmem = _copy_smem_to_gmem(interpreter.copy_smem_to_gmem)
     pl.run_state = _run_state
+    pl.get_global = _Semaphores
+    plgpu.semaphore_wait = plgpu.semaphore_signal = lambda *_, **__: None
+
+
+def _access(memory, arguments, name):
+    """Which buffer an argument names, and which part of it."""
+    key = interpreter.HostAllocationKey.from_array(arguments[f"{name}_allocation_key_as_array"])
+    kept = interpreter._remove_noop_transforms(arguments[f"{name}_transforms"])
+    return key, memory.access(key, interpreter.jax.tree.map(int, kept))
 
 
 def _run_state(body):
@@ -41,11 +55,7 @@ def _wgmma(original):
             arguments["mesh_location"], arguments["thread"], arguments["source_info"]
         )
 
-        def access(name):
-            key = interpreter.HostAllocationKey.from_array(arguments[f"{name}_allocation_key_as_array"])
-            kept = interpreter._remove_noop_transforms(arguments[f"{name}_transforms"])
-            return key, memory.access(key, interpreter.jax.tree.map(int, kept))
-
+        access = functools.partial(_access, memory, arguments)
         b, _, _ = memory.get_buffer_content(*access("b"), arguments["thread"], logging_info=info)
         acc, _, _ = memory.get_buffer_content(*access("acc"), arguments["thread"], logging_info=info)
         a = np.asarray(a_allocation_key_as_array)
@@ -54,3 +64,33 @@ def _wgmma(original):
         return arguments["token"]
 
     return wgmma
+
+
+class _Semaphores:
+    """Stands for semaphores in global memory, which are neither read nor written."""
+
+    def __init__(self, kind):
+        self.at = self
+        del kind
+
+    def __getitem__(self, index):
+        return self
+
+
+def _copy_smem_to_gmem(original):
+    def copy_smem_to_gmem(*, reduction_op, **arguments):
+        if reduction_op is None:
+            return original(reduction_op=None, **arguments)
+        assert reduction_op == "add", reduction_op
+        memory, thread = interpreter._get_shared_memory(), arguments["thread"]
+        info = interpreter.memory.GPULoggingInfo(arguments["mesh_location"], thread, arguments["source_info"])
+
+        access = functools.partial(_access, memory, arguments)
+        added, _, _ = memory.get_buffer_content(*access("src"), thread, logging_info=info)
+        key, place = access("dst")
+        place, added = interpreter._clip_store_to_shape(place, added, tuple(memory.buffer_shape_and_dtype(key).shape))
+        so_far, _, _ = memory.get_buffer_content(key, place, thread, logging_info=info)
+        memory.store_buffer_content(key, place, so_far + added, thread, logging_info=info)
+        return arguments["token"]
+
+    return copy_smem_to_gmem

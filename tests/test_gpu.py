@@ -81,9 +81,11 @@ def test_moba_kernels_are_as_exact_as_plain_attention_and_the_same_twice(name):
     moba_benchmark.check(name)
 
 
-@pytest.mark.parametrize("sizes", HEAD_SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "implementation"), [*((sizes, "sm90") for sizes in HEAD_SIZES), ((128, 128), "sm90-fused")], ids=str
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_full_attention_kernels_are_as_exact_as_plain_attention(sizes, dtype):
+def test_full_attention_kernels_are_as_exact_as_plain_attention_and_the_same_twice(sizes, implementation, dtype):
     shapes = [(2, 1500, heads, size) for heads, size in ((4, sizes[0]), (2, sizes[0]), (2, sizes[1]), (4, sizes[1]))]
     arrays = [jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
 
@@ -94,7 +96,8 @@ def test_full_attention_kernels_are_as_exact_as_plain_attention(sizes, dtype):
         run_one = partial(moba_benchmark.with_gradients, partial(run, implementation=implementation))
         return jax.jit(run_one)(*arrays)
 
-    got, rounded = all_of(arrays, "sm90"), all_of(arrays, "reference")
+    got, rounded = all_of(arrays, implementation), all_of(arrays, "reference")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), got, all_of(arrays, implementation)))
     with jax.default_matmul_precision("highest"):
         exact = all_of([x.astype(jnp.float32) for x in arrays], "reference")
     for mine, theirs, right in zip(*((r[0], *r[2]) for r in (got, rounded, exact)), strict=True):

@@ -36,19 +36,18 @@ from k2jax.kernels.moba.blocks import choose
 from k2jax.kernels.moba.gate_sm90 import choose_blocks_sm90
 from tests import gpu_interpreter
 from tests.attention_cases import ATTENDS, call_of, distances, inputs
-from tests.test_moba_sm90 import GATES
+from tests.test_moba_sm90 import FUSED, GATES
 
 gpu_interpreter.patch()
 interpret = plgpu.InterpretGPUParams(detect_races=True)
 
-def attend(name, short):
-    case = ATTENDS[name]
+def attend(name, how):
+    case, short = FUSED.get(name) or ATTENDS[name], how == "short"
     sm90.PAIRS = case[9]
     sm90.is_short = lambda *_: short
     options = {"num_sms": 3, "interpret": interpret}
-    call = call_of(
-        name, case, functools.partial(full.attention, **options), functools.partial(sm90.moba_attention, **options)
-    )
+    attention = functools.partial(full.attention, fused=how == "fused", **options)
+    call = call_of(name, case, attention, functools.partial(sm90.moba_attention, **options))
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         got = with_gradients(call, *inputs(name, case)[0])
         jax.block_until_ready(got)
@@ -68,15 +67,19 @@ def gate(case):
     right = choose(score, jnp.broadcast_to(candidate, score.shape), chosen)
     return int((got[..., :T].swapaxes(2, 3) != right).sum())
 
-name, *short = sys.argv[1:]
-print(json.dumps(attend(name, bool(short)) if name in ATTENDS else gate(GATES[name])))
+name, *how = sys.argv[1:]
+print(json.dumps(gate(GATES[name]) if name in GATES else attend(name, *(how or [None]))))
 """
 
 SHORT = [
     "a tile and a half, grouped heads", "heads in steps, an odd length", "MLA", "float16", "large blocks",
     "more choices than blocks", "more than 32 blocks",
 ]  # fmt: skip
-QUICK = {"a tile and a half, grouped heads", "full", "packed documents"}
+FUSED = {
+    "full, two units, grouped heads": (1, 200, 2, 1, 128, 128, None, None, "bfloat16", None),
+    "full, heads and batch rows": (2, 301, 4, 2, 128, 128, None, None, "float16", None),
+}
+QUICK = {"a tile and a half, grouped heads", "full", "packed documents", "full, two units, grouped heads"}
 
 # batch, tokens, query heads, key heads, block size, chosen, type; small whole numbers, so that many scores are equal
 GATES = {
@@ -102,6 +105,12 @@ def test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type(name)
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.check) for n in SHORT])
 def test_all_pairs_of_a_short_text_are_as_exact_as_plain_attention_in_their_type(name):
     assert_exact(interpret(name, "short"))
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.check) for n in FUSED])
+def test_the_fused_gradient_is_as_exact_as_plain_attention_in_its_type(name):
+    """The interpreter runs blocks in the order of their units, so it says nothing of their waiting for each other."""
+    assert_exact(interpret(name, "fused"))
 
 
 def assert_exact(told):
@@ -172,6 +181,8 @@ def test_kernels_lower_for_a_gpu_without_one(sizes, dtype, T):
     q, k, v = (jax.ShapeDtypeStruct((2, T, h, n), dtype) for h, n in ((4, sizes[0]), (2, sizes[0]), (2, sizes[1])))
     options = {"scale": 0.1, "num_sms": H100_SMS}
     assert "mosaic_gpu" in lowered(functools.partial(full_sm90.attention, **options), q, k, v)
+    if sizes == (128, 128):
+        assert "mosaic_gpu" in lowered(functools.partial(full_sm90.attention, fused=True, **options), q, k, v)
     moba = functools.partial(sm90.moba_attention, top_k=4, **options)
     assert "mosaic_gpu" in lowered(functools.partial(moba, block_size=256), q, k, v)
     if dtype == "bfloat16":
@@ -238,6 +249,22 @@ def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch):
     assert cut.startswith("implementation: xla")
     assert "64 queries are fewer than a tile of 128" in cut
     assert attention_room.choose((1, 2048, 2, 128), (1, 2048, 2, 128), None)[0] == "sm90"
+
+
+def test_the_fused_gradient_says_why_it_cannot(monkeypatch):
+    on_hopper(monkeypatch)
+    run = functools.partial(attention, scale=1.0, implementation="sm90-fused")
+    for changes, arguments, message in (
+        ({"K": 192}, {}, r"heads of sizes \(192, 128\): the fused gradient is built for"),
+        ({}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, "built for one document"),
+        ({"T": 1024}, {"q_offset": 3}, "built for one document"),
+        ({"dtype": jnp.float32}, {}, "q, k and v are float32"),
+    ):
+        with pytest.raises(ValueError, match=f"implementation='sm90-fused' cannot run: .*{message}"):
+            jax.eval_shape(functools.partial(run, **arguments), *call(**changes))
+    monkeypatch.setattr(attention_room, "num_cuts", lambda q: 2)
+    with pytest.raises(ValueError, match="it takes whole sequences, and a mesh cuts these"):
+        jax.eval_shape(run, *call())
 
 
 def test_short_texts_are_attended_to_as_a_whole():

@@ -50,6 +50,7 @@ ON_A_MESH = f"{GROUPS}test_many_devices_tell_what_one_tells_and_leave_the_result
 HOPPER = "tests/test_moba_sm90.py::"
 HOPPER_GATE = f"{HOPPER}test_interpreted_gate_chooses_as_the_definition_does_where_scores_are_equal"
 HOPPER_IS_EXACT = f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type"
+HOPPER_FUSED = f"{HOPPER}test_the_fused_gradient_is_as_exact_as_plain_attention_in_its_type"
 HOPPER_SHORT = f"{HOPPER}test_all_pairs_of_a_short_text_are_as_exact_as_plain_attention_in_their_type"
 BALANCED = "tests/test_partition.py::test_halves_exchanged_give_the_same_and_every_device_the_same_work"
 TPU_IS_EXACT = "tests/test_moba_tpu.py::test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type"
@@ -1198,6 +1199,20 @@ KERNELS_MUTANTS = (
         "index_P = (head_P // H * T + t_P) * H + head_P % H",
         "index_P = (head_P // H * T + t_P) * H",
         f"{HOPPER_IS_EXACT}[a tile and a half, grouped heads]",
+    ),
+    Mutant(
+        "the fused gradient of queries is not scaled",
+        "k2jax/kernels/attention/fused_gradient_sm90.py",
+        "dq_QE * scale",
+        "dq_QE",
+        f"{HOPPER_FUSED}[full, two units, grouped heads]",
+    ),
+    Mutant(
+        "every unit of keys stores its part of dq over the others'",
+        "k2jax/kernels/attention/fused_gradient_sm90.py",
+        'copy("add")',
+        "copy(None)",
+        f"{HOPPER_FUSED}[full, two units, grouped heads]",
     ),
     Mutant(
         "a row that did not choose a block takes its maximum",
