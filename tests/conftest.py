@@ -15,7 +15,7 @@ BUDGET = defaultdict(lambda: 40.0) | {
     "tests/test_model.py": 60.0,
     "tests/test_moba.py": 60.0,
     "tests/test_clip_paths.py": 90.0,
-    "tests/test_moba_sm90.py": 450.0,
+    "tests/test_moba_sm90.py": 600.0,
     "tests/test_moba_tpu.py": 900.0,
     "tests/test_symmetric_matmul.py": 60.0,
     "tests/test_memory.py": 240.0,
