@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 
 import k2jax.kernels.attention as attention_room
 from benchmarks import record
+from benchmarks.moba import median_ms
 from k2jax.config import load_config
 from k2jax.model import hidden, init_params
 from k2jax.training.loop import train
@@ -98,23 +98,13 @@ def prefill(layers) -> dict:
             tokens = jax.random.randint(jax.random.key(T), (1, T), 0, 256)
             try:
                 run = jax.jit(partial(_last_state, cfg=cfg)).lower(params, tokens).compile()
-                found[kind][T] = seconds(run, params, tokens)
+                found[kind][T] = median_ms(run, params, tokens) / 1e3
             except jax.errors.JaxRuntimeError as error:
                 found[kind][T] = None
                 print(f"prefill, {kind}, {T} tokens: {str(error)[:200]}", flush=True)
                 break
             print(f"prefill, {kind}, {T} tokens: {found[kind][T]:.4f} s", flush=True)
     return found
-
-
-def seconds(run, *arguments) -> float:
-    """Median of five calls after a first one; of a call that takes seconds, the first one's."""
-    times = []
-    while len(times) < 6 and sum(times) < 2:
-        start = time.perf_counter()
-        jax.block_until_ready(run(*arguments))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:] or times)
 
 
 def _last_state(params, tokens_BT, cfg):

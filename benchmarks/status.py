@@ -42,7 +42,7 @@ ROOMS = (
          ("tests/test_faults.py", "tests/test_processes.py"), ("nano_cpu",)),
     Room("Training loop, checkpoints, faults", "k2jax/training", ("tests/test_faults.py",),
          ("nano_cpu", "nano_h100", "h100_baseline")),
-    Room("Meshes: data, fsdp, expert, seq, tensor, slice", "k2jax/sharding.py"),
+    Room("Meshes: data, fsdp, expert, seq, tensor, slice", "k2jax/sharding.py", (), ("cut_sequences",)),
     Room("Stages: context, attention, mixture, schedule", "k2jax/training/stages.py", (), ("stage_switch",)),
     Room("Several processes, watchdog, trackers, compile cache", "k2jax/training/processes.py", (), ("compile_cache",)),
     Room("Doctor: ops, rates and memory of a machine", "k2jax/diagnostics", (), ("doctor_cpu",)),

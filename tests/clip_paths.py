@@ -7,11 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from k2jax.kernels.attention import attention
+from k2jax.moba_pallas import moba_attention
 from k2jax.muonclip import MatrixSpec, MHAClip, QKClip, muonclip
 
 B, T, D, H, K = 2, 300, 32, 3, 64
 SCALE = K**-0.5
 BLOCKS = {"block_size": 64, "top_k": 2}  # MoBA's
+
+
+def attend_by(kind, implementation):
+    """'full' attention or 'moba' by an implementation, as `clipped_by` takes it."""
+
+    def attend(q, k, v):
+        if kind == "full":
+            return attention(q, k, v, scale=SCALE, max_logits=True, implementation=implementation)[1]
+        options = {"return_residuals": True, "implementation": implementation}
+        return moba_attention(q, k, v, scale=SCALE, **BLOCKS, **options)[1].max_logit_BH
+
+    return attend
 
 
 def clipped_by(attend, dtype):

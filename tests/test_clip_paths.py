@@ -2,11 +2,9 @@
 
 import pytest
 
-from k2jax.kernels.attention import attention
 from k2jax.kernels.attention import tpu as full_tpu
 from k2jax.kernels.moba import tpu as moba_tpu
-from k2jax.moba_pallas import moba_attention
-from tests.clip_paths import BLOCKS, SCALE, assert_clipped
+from tests.clip_paths import BLOCKS, SCALE, assert_clipped, attend_by
 from tests.on_devices import told_by
 
 
@@ -14,13 +12,7 @@ from tests.on_devices import told_by
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("kind", ["full", "moba"])
 def test_a_clip_brings_the_logits_that_attention_reports_to_the_threshold(kind, implementation, dtype):
-    def attend(q, k, v):
-        if kind == "full":
-            return attention(q, k, v, scale=SCALE, max_logits=True, implementation=implementation)[1]
-        options = {"return_residuals": True, "implementation": implementation}
-        return moba_attention(q, k, v, scale=SCALE, **BLOCKS, **options)[1].max_logit_BH
-
-    assert_clipped(attend, dtype)
+    assert_clipped(attend_by(kind, implementation), dtype)
 
 
 @pytest.mark.parametrize("kind", ["full", "moba"])

@@ -108,13 +108,7 @@ def test_full_attention_kernels_are_as_exact_as_plain_attention_and_the_same_twi
 
 @pytest.mark.parametrize("kind", ["full", "moba"])
 def test_a_clip_is_driven_by_the_kernels(kind):
-    def attend(q, k, v):
-        if kind == "full":
-            return attention(q, k, v, scale=clip_paths.SCALE, max_logits=True, implementation="sm90")[1]
-        options = {"return_residuals": True, "implementation": "sm90"}
-        return moba_attention(q, k, v, scale=clip_paths.SCALE, **clip_paths.BLOCKS, **options)[1].max_logit_BH
-
-    clip_paths.assert_clipped(attend, "bfloat16")
+    clip_paths.assert_clipped(clip_paths.attend_by(kind, "sm90"), "bfloat16")
 
 
 def test_nano_learns_on_a_gpu(tmp_path):

@@ -21,16 +21,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, slot_of, wait_free
+from k2jax.kernels.attention.keys_gradient_sm90 import KEYS, ROWS, UNIT, add_to_values, keys_seen
+from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, PRODUCER, TRANSFORMS, slot_of, wait_free
 
-KEYS = 64  # of a warpgroup
-UNIT = KEYS * CONSUMERS
-ROWS = 64  # of a step
 SLOTS = 2
 SIZE = 128
 COLUMNS = SIZE // CONSUMERS
 ADDER = PRODUCER + 1
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
 F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 FEW_REGISTERS, MANY_REGISTERS = 24, 232  # The four warpgroups' sum is at most 512.
 
@@ -217,30 +214,16 @@ def _add_in_turn(unit, dq_BTHK, dq_RWQE, turns, dq_full, dq_empty, r, step, numb
 
 def _add_rows(i, number, masked, *, unit, wg, scale, keys, sums, rings, ds_RWNQ, dq_RWQE, barriers):
     """Adds what 64 rows send back, and hands over what the unit's keys send to half of the rows' columns."""
-    (k_WNK, v_WNV), (dk_NK, dv_NV), (q_RQK, dout_RQV, lse_RQ, delta_RQ) = keys, sums, rings
-    (full, empty, met, dq_full, dq_empty), dtype = barriers, q_RQK.dtype
+    (k_WNK, v_WNV), (dk_NK, dv_NV), (full, empty, met, dq_full, dq_empty) = keys, sums, barriers
     slot = slot_of(number, SLOTS)
     plgpu.barrier_wait(full.at[slot])
+    rows = q_QK, *_ = [ring.at[slot] for ring in rings]
 
-    def logits(acc_NQ):
-        plgpu.wgmma(acc_NQ, k_WNK.at[wg], q_RQK.at[slot].transpose((1, 0)))
-        return acc_NQ[...]
+    def seen(shape):
+        return keys_seen(shape, wg, unit.tile_of(i) * ROWS - unit.start)[1]
 
-    s_NQ = pl.run_scoped(logits, plgpu.ACC((KEYS, ROWS), jnp.float32))
-    lse_Q = plgpu.load(lse_RQ.at[slot], layout=COLUMN) * LOG2E
-    delta_Q = plgpu.load(delta_RQ.at[slot], layout=COLUMN)
-    p_NQ = jnp.exp2(s_NQ * (scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
-    if masked:
-        p_NQ = jnp.where(_seen(unit, wg, i, s_NQ.shape), p_NQ, 0.0)
-
-    def chances(dp_NQ):
-        plgpu.wgmma(dp_NQ, v_WNV.at[wg], dout_RQV.at[slot].transpose((1, 0)))
-        plgpu.wgmma(dv_NV, p_NQ.astype(dtype), dout_RQV.at[slot])
-        return plgpu.wgmma_accumulator_load(dp_NQ, wait_n=1)  # While the second product still runs.
-
-    dp_NQ = pl.run_scoped(chances, plgpu.ACC((KEYS, ROWS), jnp.float32))
-    ds_NQ = (p_NQ * (dp_NQ - lax.broadcast_in_dim(delta_Q, dp_NQ.shape, [1]))).astype(dtype)
-    plgpu.wgmma(dk_NK, ds_NQ, q_RQK.at[slot])
+    ds_NQ = add_to_values((k_WNK.at[wg], v_WNV.at[wg]), rows, dv_NV, scale, seen if masked else None)
+    plgpu.wgmma(dk_NK, ds_NQ, q_QK)
     # Both warpgroups were done with this slot's last ds before they met in the step between.
     ds_RWNQ.at[slot, wg][...] = ds_NQ
     plgpu.commit_smem()
@@ -259,10 +242,3 @@ def _add_rows(i, number, masked, *, unit, wg, scale, keys, sums, rings, ds_RWNQ,
     dq_RWQE.at[slot, wg][...] = dq_QE * scale
     plgpu.commit_smem()
     plgpu.barrier_arrive(dq_full.at[slot])
-
-
-def _seen(unit, wg, step, shape):
-    """Whether each key of a warpgroup is seen by each row of a step; both count from the unit's first key."""
-    key_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + wg * KEYS
-    row_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    return row_NQ + (unit.tile_of(step) * ROWS - unit.start) >= key_NQ

@@ -205,13 +205,18 @@ def _kernel(
 
 def _seen_by(unit, wg, start_RQ, shape, step, slot):
     """Whether each key of a warpgroup is seen by each own row of a step."""
-    key_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + wg * KEYS
-    row_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + (unit.position + step * ROWS)
-    seen_NQ = row_NQ >= key_NQ  # both from the unit's first key on
+    key_NQ, seen_NQ = keys_seen(shape, wg, unit.position + step * ROWS)
     if start_RQ is None:
         return seen_NQ
     start_Q = plgpu.load(start_RQ.at[slot], layout=COLUMN) - unit.start
     return seen_NQ & (key_NQ >= lax.broadcast_in_dim(start_Q, shape, [1]))
+
+
+def keys_seen(shape, wg, position):
+    """The keys of a warpgroup, and whether rows from `position` on have come to them; from the unit's first key on."""
+    key_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + wg * KEYS
+    row_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + position
+    return key_NQ, row_NQ >= key_NQ
 
 
 def _stream(unit, own, chosen, rings, full, empty):
@@ -239,31 +244,45 @@ def _stream(unit, own, chosen, rings, full, empty):
 
 def _add_rows(i, so_far, seen_by=None, *, scale, keys, sums, rings, full, empty):
     """Adds what 64 rows send back. seen_by: (shape, step, slot) -> which keys they see; None where they see all."""
-    (k_NK, v_NV), (dk_NK, dv_NV), (q_RQK, dout_RQV, lse_RQ, delta_RQ, _) = keys, sums, rings
-    dtype = q_RQK.dtype
+    dk_NK, dv_NV = sums
     slot = slot_of(so_far + i, SLOTS)
     plgpu.barrier_wait(full.at[slot])
-
-    def logits(acc_NQ):
-        plgpu.wgmma(acc_NQ, k_NK, q_RQK.at[slot].transpose((1, 0)))
-        return acc_NQ[...]
-
-    s_NQ = pl.run_scoped(logits, plgpu.ACC((KEYS, ROWS), jnp.float32))
-    lse_Q = plgpu.load(lse_RQ.at[slot], layout=COLUMN) * LOG2E
-    delta_Q = plgpu.load(delta_RQ.at[slot], layout=COLUMN)
-    p_NQ = jnp.exp2(s_NQ * (scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
-    if seen_by is not None:
-        p_NQ = jnp.where(seen_by(s_NQ.shape, i, slot), p_NQ, 0.0)
-
-    def chances(dp_NQ):
-        plgpu.wgmma(dp_NQ, v_NV, dout_RQV.at[slot].transpose((1, 0)))
-        plgpu.wgmma(dv_NV, p_NQ.astype(dtype), dout_RQV.at[slot])
-        return plgpu.wgmma_accumulator_load(dp_NQ, wait_n=1)  # While the second product still runs.
-
-    dp_NQ = pl.run_scoped(chances, plgpu.ACC((KEYS, ROWS), jnp.float32))
-    ds_NQ = p_NQ * (dp_NQ - lax.broadcast_in_dim(delta_Q, dp_NQ.shape, [1]))
-    plgpu.wgmma(dk_NK, ds_NQ.astype(dtype), q_RQK.at[slot])
+    rows = q_QK, *_ = [ring.at[slot] for ring in rings[:4]]
+    ds_NQ = add_to_values(keys, rows, dv_NV, scale, None if seen_by is None else lambda shape: seen_by(shape, i, slot))
+    plgpu.wgmma(dk_NK, ds_NQ, q_QK)
     # The vectors were read by ordinary loads, which this orders before the copy that overwrites them.
     plgpu.commit_smem()
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(empty.at[slot])
+
+
+def add_to_values(keys, rows, dv_NV, scale, seen=None):
+    """Adds to dv what rows send back to a warpgroup's values. The sum need not be there yet: `plgpu.wgmma_wait`.
+
+    keys: (k_NK, v_NV), rows: (q_QK, dout_QV, lse_Q, delta_Q), in shared memory. seen: shape -> which keys the rows see;
+    None where they see all.
+
+    Returns: ds_NQ in the inputs' type, what the rows send back to the logits.
+    """
+    (k_NK, v_NV), (q_QK, dout_QV, lse_Q, delta_Q) = keys, rows
+    dtype = q_QK.dtype
+
+    def logits(acc_NQ):
+        plgpu.wgmma(acc_NQ, k_NK, q_QK.transpose((1, 0)))
+        return acc_NQ[...]
+
+    s_NQ = pl.run_scoped(logits, plgpu.ACC((KEYS, ROWS), jnp.float32))
+    lse_Q = plgpu.load(lse_Q, layout=COLUMN) * LOG2E
+    delta_Q = plgpu.load(delta_Q, layout=COLUMN)
+    p_NQ = jnp.exp2(s_NQ * (scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
+    if seen is not None:
+        p_NQ = jnp.where(seen(s_NQ.shape), p_NQ, 0.0)
+
+    def chances(dp_NQ):
+        plgpu.wgmma(dp_NQ, v_NV, dout_QV.transpose((1, 0)))
+        plgpu.wgmma(dv_NV, p_NQ.astype(dtype), dout_QV)
+        return plgpu.wgmma_accumulator_load(dp_NQ, wait_n=1)  # While the second product still runs.
+
+    dp_NQ = pl.run_scoped(chances, plgpu.ACC((KEYS, ROWS), jnp.float32))
+    ds_NQ = p_NQ * (dp_NQ - lax.broadcast_in_dim(delta_Q, dp_NQ.shape, [1]))
+    return ds_NQ.astype(dtype)

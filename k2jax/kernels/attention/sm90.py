@@ -50,10 +50,11 @@ def attention(
 
     Raises ValueError where the kernels cannot do it (`refusal`, `fused_refusal`).
     """
-    reason = refusal(q_BTHK.shape, v_BSGV.shape, q_BTHK.dtype, scale=scale)
     if fused:
         shapes = (q_BTHK.shape, k_BSGK.shape, v_BSGV.shape, q_BTHK.dtype)
         reason = fused_refusal(*shapes, scale=scale, segment_ids=segment_ids, q_offset=q_offset)
+    else:
+        reason = refusal(q_BTHK.shape, v_BSGV.shape, q_BTHK.dtype, scale=scale)
     if reason:
         raise ValueError(reason)
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
