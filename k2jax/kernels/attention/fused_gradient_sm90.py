@@ -61,6 +61,7 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, interpret=None):
         grid_names=("head", "unit"),
         num_threads=CONSUMERS + 2,
         thread_name="wg",
+        kernel_name="fused_gradient",
         interpret=interpret,
         scratch_types={
             "k_WNK": plgpu.SMEM((CONSUMERS, KEYS, K), dtype, transforms=TRANSFORMS),
@@ -222,7 +223,8 @@ def _add_rows(i, number, masked, *, unit, wg, scale, keys, sums, rings, ds_RWNQ,
     def seen(shape):
         return keys_seen(shape, wg, unit.tile_of(i) * ROWS - unit.start)[1]
 
-    ds_NQ = add_to_values((k_WNK.at[wg], v_WNV.at[wg]), rows, dv_NV, scale, seen if masked else None)
+    own = (k_WNK.at[wg], v_WNV.at[wg])
+    ds_NQ = add_to_values(own, rows, dv_NV, scale, seen if masked else None, tight=True)
     plgpu.wgmma(dk_NK, ds_NQ, q_QK)
     # Both warpgroups were done with this slot's last ds before they met in the step between.
     ds_RWNQ.at[slot, wg][...] = ds_NQ

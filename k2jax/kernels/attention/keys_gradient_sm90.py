@@ -67,6 +67,7 @@ def keys_gradient(
         grid_names=("head", "unit"),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
+        kernel_name="keys_gradient",
         interpret=interpret,
         scratch_types={
             "k_WNK": plgpu.SMEM((CONSUMERS, KEYS, K), dtype, transforms=TRANSFORMS),
@@ -161,7 +162,7 @@ def _kernel(
 
     @pl.when(wg == PRODUCER)
     def _produce():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         for i in range(CONSUMERS):
             plgpu.copy_gmem_to_smem(unit.keys_of(k_BSGK, i), k_WNK.at[i], kv_full.at[i])
             plgpu.copy_gmem_to_smem(unit.keys_of(v_BSGV, i), v_WNV.at[i], kv_full.at[i])
@@ -170,7 +171,7 @@ def _kernel(
 
     @pl.when(wg < CONSUMERS)
     def _consume():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         plgpu.barrier_wait(kv_full.at[wg])
         k_NK, v_NV = k_WNK.at[wg], v_WNV.at[wg]
 
@@ -248,7 +249,8 @@ def _add_rows(i, so_far, seen_by=None, *, scale, keys, sums, rings, full, empty)
     slot = slot_of(so_far + i, SLOTS)
     plgpu.barrier_wait(full.at[slot])
     rows = q_QK, *_ = [ring.at[slot] for ring in rings[:4]]
-    ds_NQ = add_to_values(keys, rows, dv_NV, scale, None if seen_by is None else lambda shape: seen_by(shape, i, slot))
+    seen = None if seen_by is None else lambda shape: seen_by(shape, i, slot)
+    ds_NQ = add_to_values(keys, rows, dv_NV, scale, seen, tight=dk_NK.shape[1] + dv_NV.shape[1] > 256)
     plgpu.wgmma(dk_NK, ds_NQ, q_QK)
     # The vectors were read by ordinary loads, which this orders before the copy that overwrites them.
     plgpu.commit_smem()
@@ -256,11 +258,12 @@ def _add_rows(i, so_far, seen_by=None, *, scale, keys, sums, rings, full, empty)
     plgpu.barrier_arrive(empty.at[slot])
 
 
-def add_to_values(keys, rows, dv_NV, scale, seen=None):
+def add_to_values(keys, rows, dv_NV, scale, seen=None, *, tight):
     """Adds to dv what rows send back to a warpgroup's values. The sum need not be there yet: `plgpu.wgmma_wait`.
 
     keys: (k_NK, v_NV), rows: (q_QK, dout_QV, lse_Q, delta_Q), in shared memory. seen: shape -> which keys the rows see;
-    None where they see all.
+    None where they see all. tight: whether few registers are left; the order of the products then costs an overlap and
+    saves some. Out of registers, the compiler waits for every single product (`python -m benchmarks.hopper_code`).
 
     Returns: ds_NQ in the inputs' type, what the rows send back to the logits.
     """
@@ -273,16 +276,20 @@ def add_to_values(keys, rows, dv_NV, scale, seen=None):
 
     s_NQ = pl.run_scoped(logits, plgpu.ACC((KEYS, ROWS), jnp.float32))
     lse_Q = plgpu.load(lse_Q, layout=COLUMN) * LOG2E
-    delta_Q = plgpu.load(delta_Q, layout=COLUMN)
     p_NQ = jnp.exp2(s_NQ * (scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
     if seen is not None:
         p_NQ = jnp.where(seen(s_NQ.shape), p_NQ, 0.0)
 
     def chances(dp_NQ):
+        if tight:  # All of p is needed first, so neither lse nor logits wait in registers beside dp.
+            plgpu.wgmma(dv_NV, p_NQ.astype(dtype), dout_QV)
+            plgpu.wgmma(dp_NQ, v_NV, dout_QV.transpose((1, 0)))
+            return dp_NQ[...]
         plgpu.wgmma(dp_NQ, v_NV, dout_QV.transpose((1, 0)))
         plgpu.wgmma(dv_NV, p_NQ.astype(dtype), dout_QV)
         return plgpu.wgmma_accumulator_load(dp_NQ, wait_n=1)  # While the second product still runs.
 
     dp_NQ = pl.run_scoped(chances, plgpu.ACC((KEYS, ROWS), jnp.float32))
+    delta_Q = plgpu.load(delta_Q, layout=COLUMN)
     ds_NQ = p_NQ * (dp_NQ - lax.broadcast_in_dim(delta_Q, dp_NQ.shape, [1]))
     return ds_NQ.astype(dtype)

@@ -106,6 +106,7 @@ def attend(
     row = jax.ShapeDtypeStruct(_vector_shape(q), jnp.float32)
     work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys, choice and choice.block_size)
     kernel = _persistent(
+        "attend",
         functools.partial(_attend_kernel, work=work, scale=scale),
         out_type=(jax.ShapeDtypeStruct((*q.shape[:-1], V), dtype), row, row),
         num_sms=num_sms,
@@ -144,6 +145,7 @@ def rows_gradient(
     step, slots = _fit(((64, 2), (64, 1)), TILE * (K + V), SLOTS * (K + V), TILE * K)
     work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys)
     kernel = _persistent(
+        "rows_gradient",
         functools.partial(_rows_gradient_kernel, work=work, scale=scale),
         out_type=jax.ShapeDtypeStruct(q.shape, dtype),
         num_sms=num_sms,
@@ -185,7 +187,7 @@ def _tables(block_Y, used_1, starts, choice=None):
     return (jnp.zeros(1, jnp.int32),) * 2 if block_Y is None else (block_Y, used_1)
 
 
-def _persistent(body, *, out_type, num_sms, interpret, scratch):
+def _persistent(name, body, *, out_type, num_sms, interpret, scratch):
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -194,6 +196,7 @@ def _persistent(body, *, out_type, num_sms, interpret, scratch):
         grid_names=("sm",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
+        kernel_name=name,
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

@@ -62,6 +62,7 @@ def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, first_BT, end_BT, *, n
         grid_names=("sm",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
+        kernel_name="gate",
         scratch_types={
             "q_RWQK": plgpu.SMEM((SLOTS, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
             "mean_RNK": plgpu.SMEM((SLOTS, STEP, K), dtype, transforms=TRANSFORMS),

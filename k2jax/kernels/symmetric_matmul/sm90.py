@@ -103,6 +103,7 @@ def symmetric_matmul_sm90(
         cluster_names=("block",),
         num_threads=_CONSUMERS + 1,
         thread_name="wg",
+        kernel_name="symmetric_matmul",
         interpret=interpret,
         # Written for these semantics: every layout in shared memory is stated, none is inferred.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
