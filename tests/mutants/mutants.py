@@ -1173,6 +1173,13 @@ KERNELS_MUTANTS = (
         f"{HOPPER_IS_EXACT}[full]",
     ),
     Mutant(
+        "with few registers left, the values get no gradient",
+        "k2jax/kernels/attention/keys_gradient_sm90.py",
+        "            plgpu.wgmma(dv_NV, p_NQ.astype(dtype), dout_QV)\n            plgpu.wgmma(dp_NQ",
+        "            plgpu.wgmma(dp_NQ",
+        f"{HOPPER_IS_EXACT}[full MLA]",
+    ),
+    Mutant(
         "own queries of the first head count for every head",
         "k2jax/kernels/attention/keys_gradient_sm90.py",
         "self.key_head * self.num_own_heads + r",
