@@ -1,15 +1,16 @@
-"""What NVIDIA's compiler makes of the Hopper kernels: registers, spills, and whether their products overlap.
+r"""What NVIDIA's compiler makes of the Hopper kernels: registers, spills, and whether their products overlap.
 
 No GPU is needed, only the compilers, in a folder of their own so that no other program starts to look for a GPU:
 
     V=$(python -c "import jax; print(jax.__version__)")
-    python -m pip install --no-deps --target build/cuda \\
+    python -m pip install --no-deps --target build/cuda \
       jax-cuda13-pjrt==$V jax-cuda13-plugin==$V nvidia-cuda-nvcc nvidia-cuda-nvdisasm nvidia-nvvm
     JAX_PLATFORMS=cpu python -m benchmarks.hopper_code --cuda build/cuda [--write]
 
 A kernel whose accumulators do not fit in its registers still runs: the compiler then waits for every single product
 ("serialized"), which no test of values sees. This is the place that does. It asks jax for more than its public
-interface gives: how a plugin is loaded, and the environment variables of Mosaic GPU.
+interface gives: how a plugin is loaded, and the environment variables of Mosaic GPU. A kernel that an earlier case
+compiled already is not told again. The compilers exist for Linux.
 """
 
 import argparse
@@ -43,17 +44,17 @@ platform_name: "CUDA"
 runtime_version { major: 13 }
 dnn_version_info { major: 9  minor: 8 }
 """
-# Batch 2, 16 query heads. name: (tokens, key heads, query and key size, value size, MoBA?, several documents?, fused?)
+# What differs from `compile_case`'s call.
 CASES = {
-    "full": (4096, 16, 128, 128, False, False, False),
-    "full, fused gradient": (4096, 16, 128, 128, False, False, True),
-    "full, grouped heads": (4096, 4, 128, 128, False, False, False),
-    "full, documents": (4096, 16, 128, 128, False, True, False),
-    "full, MLA": (4096, 16, 192, 128, False, False, False),
-    "MoBA": (16384, 16, 128, 128, True, False, False),
-    "MoBA, short": (4096, 16, 128, 128, True, False, False),
-    "MoBA, documents": (16384, 16, 128, 128, True, True, False),
-    "MoBA, MLA": (16384, 16, 192, 128, True, False, False),
+    "full": {},
+    "full, fused gradient": {"fused": True},
+    "full, grouped heads": {"G": 4},
+    "full, documents": {"documents": True},
+    "full, MLA": {"K": 192},
+    "MoBA": {"T": 16384, "sparse": True},
+    "MoBA, short": {"sparse": True},
+    "MoBA, documents": {"T": 16384, "sparse": True, "documents": True},
+    "MoBA, MLA": {"T": 16384, "sparse": True, "K": 192},
 }
 
 
@@ -66,14 +67,14 @@ def main(argv=None):
     kernels = []
     with tempfile.TemporaryDirectory() as dump:
         os.environ["MOSAIC_GPU_DUMP_TO"] = dump
-        for number, name in enumerate(CASES):
+        for number, (name, case) in enumerate(CASES.items()):
             start = time.perf_counter()
-            for kernel in compile_case(name, device, Path(dump)):
+            for kernel in compile_case(device, Path(dump), **case):
                 kernels.append({"case": name, **kernel})
                 print(f"{name:22} {line(kernel)}", flush=True)
             print(f"  {number + 1} of {len(CASES)} cases, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     if args.write:
-        # What earlier forms of the kernels took is written by hand and kept.
+        # What earlier forms of the kernels took was written by hand and is kept.
         tried = (record.read("hopper_code") or {}).get("tried", [])
         data = {"compiler": _ptxas_version(args.cuda), "kernels": kernels, "tried": tried}
         print(record.write("hopper_code", "python -m benchmarks.hopper_code --cuda build/cuda --write", data))
@@ -102,27 +103,29 @@ def compile_only_device(cuda: Path):
     return device
 
 
-def compile_case(name: str, device, dump: Path) -> list[dict]:
-    """What the compiler said of each kernel in a case's forward and backward, as `read`; empties the folder `dump`."""
-    T, G, K, V, is_moba, documents, fused = CASES[name]
+def compile_case(device, dump: Path, *, T=4096, G=16, K=128, sparse=False, documents=False, fused=False) -> list[dict]:
+    """What the compiler said of each kernel in one op's forward and backward, as `read`; empties the folder `dump`.
+
+    Batch 2, T tokens, 16 query heads, G key heads of size K, values of size 128.
+    """
     settings = {"scale": K**-0.5, "num_sms": 132, "interpret": False}
     if documents:
         settings["segment_ids"] = jnp.broadcast_to(jnp.arange(T) // (T // 4), (2, T))
-    settings |= {"block_size": 128, "top_k": 8} if is_moba else {"fused": fused}
-    op = moba.moba_attention if is_moba else attention.attention
+    settings |= {"block_size": 128, "top_k": 8} if sparse else {"fused": fused}
+    op = moba.moba_attention if sparse else attention.attention
 
     def forward_and_backward(q, k, v, dout):
         return jax.vjp(lambda *x: op(*x, **settings)[0], q, k, v)[1](dout)
 
     everywhere = NamedSharding(Mesh([device], ("device",)), PartitionSpec())
-    shapes = [(2, T, heads, size) for heads, size in ((16, K), (G, K), (G, V), (16, V))]
+    shapes = [(2, T, heads, size) for heads, size in ((16, K), (G, K), (G, 128), (16, 128))]
     inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=everywhere) for shape in shapes]
     # Tuning measures, so it needs a GPU.
     options = {"xla_gpu_cuda_data_dir": os.environ["MOSAIC_GPU_CUDA_ROOT"], "xla_gpu_autotune_level": 0}
     jax.jit(forward_and_backward).lower(*inputs).compile(compiler_options=options)
     told = [(re.sub(r"_\d+$", "", path.stem), path.read_text()) for path in sorted(dump.glob("*.ptxas"))]
     if not told:
-        raise RuntimeError(f"{name}: the compiler left nothing in MOSAIC_GPU_DUMP_TO={dump}")
+        raise RuntimeError(f"the compiler left nothing in MOSAIC_GPU_DUMP_TO={dump}")
     for path in dump.iterdir():
         path.unlink()
     return [{"kernel": kernel, **read(text)} for kernel, text in told]
