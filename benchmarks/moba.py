@@ -213,7 +213,8 @@ def dense_peers() -> dict:
     def ours(q, k, v, fused):
         return full_sm90.attention(q, k, v, scale=SCALE, fused=fused).out_BTHV
 
-    found = {"k2jax dense": functools.partial(ours, fused=False), "cuDNN": cudnn}
+    found = {name: functools.partial(ours, fused="fused" in name) for name in ("k2jax dense", "k2jax dense, fused")}
+    found["cuDNN"] = cudnn
     try:
         import tokamax
 

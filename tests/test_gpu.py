@@ -11,8 +11,7 @@ import pytest
 
 from benchmarks import moba as moba_benchmark
 from k2jax.config import load_config
-from k2jax.kernels.attention import attention
-from k2jax.kernels.attention.sm90 import HEAD_SIZES
+from k2jax.kernels.attention import attention, sm90
 from k2jax.kernels.symmetric_matmul import symmetric_matmul
 from k2jax.moba_pallas import moba_attention
 from k2jax.muonclip import NS, orthogonalize
@@ -82,7 +81,7 @@ def test_moba_kernels_are_as_exact_as_plain_attention_and_the_same_twice(name):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "implementation"), [*((sizes, "sm90") for sizes in HEAD_SIZES), ((128, 128), "sm90-fused")], ids=str
+    ("sizes", "implementation"), [*((sizes, "sm90") for sizes in sm90.HEAD_SIZES), ((128, 128), "sm90-fused")], ids=str
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_full_attention_kernels_are_as_exact_as_plain_attention_and_the_same_twice(sizes, implementation, dtype):
@@ -104,6 +103,26 @@ def test_full_attention_kernels_are_as_exact_as_plain_attention_and_the_same_twi
         error, plain = (jnp.linalg.norm(x.astype(jnp.float32) - right) for x in (mine, theirs))
         assert error < 1.5 * plain
     np.testing.assert_allclose(got[1], exact[1], atol=1e-4)
+
+
+def test_units_wait_for_each_other_over_many_waves_of_blocks():
+    """Eight blocks of the GPU for each of its multiprocessors, of which the later ones wait for earlier ones."""
+    q, k, v, dout = moba_benchmark.inputs(2, 8192, 16, 8)
+
+    @jax.jit
+    def run(q, k, v, dout):
+        attended = sm90.attend(0.1, q.shape[1], q, k, v)
+        own = sm90.own_rows(q, attended[0], attended[1][..., : q.shape[1]], dout)
+        apart = (sm90.rows_gradient(0.1, k.shape[1], *own, k, v), *sm90.keys_gradient(0.1, k.shape[1], own, k, v))
+        return sm90.fused_gradient(0.1, own, k, v), apart
+
+    fused, apart = run(q, k, v, dout)
+    jax.block_until_ready(run(*(2 * x for x in (q, k, v, dout))))
+    again, _ = run(q, k, v, dout)
+    for x, y, z in zip(fused, again, apart, strict=True):
+        assert (x == y).all()
+        x, z = (a.astype(jnp.float32) for a in (x, z))
+        assert jnp.linalg.norm(x - z) / jnp.linalg.norm(z) < 5e-3
 
 
 @pytest.mark.parametrize("kind", ["full", "moba"])

@@ -30,7 +30,7 @@ import contextlib, functools, io, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from benchmarks.moba import with_gradients
-from k2jax.kernels.attention import sm90 as full
+from k2jax.kernels.attention import fused_gradient_sm90, sm90 as full
 from k2jax.kernels.moba import sm90
 from k2jax.kernels.moba.blocks import choose
 from k2jax.kernels.moba.gate_sm90 import choose_blocks_sm90
@@ -45,6 +45,7 @@ def attend(name, how):
     case, short = FUSED.get(name) or ATTENDS[name], how == "short"
     sm90.PAIRS = case[9]
     sm90.is_short = lambda *_: short
+    fused_gradient_sm90.HEADS = 2  # so that there is more than one turn of heads
     options = {"num_sms": 3, "interpret": interpret}
     attention = functools.partial(full.attention, fused=how == "fused", **options)
     call = call_of(name, case, attention, functools.partial(sm90.moba_attention, **options))

@@ -1210,8 +1210,8 @@ KERNELS_MUTANTS = (
     Mutant(
         "the fused gradient of queries is not scaled",
         "k2jax/kernels/attention/fused_gradient_sm90.py",
-        "dq_QE * scale",
-        "dq_QE",
+        "(dq_BHTK * scale)",
+        "dq_BHTK",
         f"{HOPPER_FUSED}[full, two units, grouped heads]",
     ),
     Mutant(
@@ -1220,6 +1220,20 @@ KERNELS_MUTANTS = (
         'copy("add")',
         "copy(None)",
         f"{HOPPER_FUSED}[full, two units, grouped heads]",
+    ),
+    Mutant(
+        "the next step's probabilities are weighed as this step's rows",
+        "k2jax/kernels/attention/fused_gradient_sm90.py",
+        "return _probabilities(following,",
+        "return _probabilities(step,",
+        f"{HOPPER_FUSED}[full, two units, grouped heads]",
+    ),
+    Mutant(
+        "every turn of heads computes the first ones",
+        "k2jax/kernels/attention/fused_gradient_sm90.py",
+        'lax.axis_index("heads") * lax.axis_size("head")',
+        '0 * lax.axis_index("heads") * lax.axis_size("head")',
+        f"{HOPPER_FUSED}[full, heads and batch rows]",
     ),
     Mutant(
         "a row that did not choose a block takes its maximum",

@@ -1,19 +1,23 @@
 """The gradient of full causal attention for Hopper, in Pallas Mosaic GPU: dq, dk and dv from five products.
 
 A block of the GPU takes 128 keys and values of one key head, half of them for each of two warpgroups, and keeps their
-gradients in registers while a third warpgroup streams the rows of every query head past them, 64 at a time, the last
-rows first. Logits and probabilities are computed once for all three gradients, as in FlashAttention-3 (arXiv
-2407.08608): both warpgroups put ds into shared memory, and each multiplies all of it with half of the columns of the
-keys. A fourth warpgroup adds these products to dq in global memory by copies that add. It does so in the order of the
-units, each of which waits until the one before has added to the same rows, so the order of every sum is fixed. A block
-waits only for one of a lower number: GPUs start blocks in the order of their numbers, so none waits forever, though
-CUDA does not promise that order.
+gradients in registers while rows of every query head stream past them, 64 at a time, the last rows first. Logits and
+probabilities are computed once for all three gradients, as in FlashAttention-3 (arXiv 2407.08608): both warpgroups put
+ds into shared memory, and each multiplies all of it with half of the columns of the keys. Two things keep the tensor
+cores busy. The next step's logits are queued with a step's products, so that its exponentials run beside those. And ds
+is multiplied with the keys one step late, so that the warpgroups need not meet.
+
+The third warpgroup's warps copy. One brings rows; two add the products to dq in global memory, by copies that add, and
+in the order of the units, so that the order of every sum is fixed; the fourth watches whose turn it is. A block waits
+only for one of a lower number: GPUs start blocks in the order of their numbers, so none waits forever, though CUDA does
+not promise that order.
 
 Legend: B batch, T queries = S keys, H query heads, G key heads, K = V query/key/value size, N keys of a warpgroup,
-W warpgroups, Q rows of a step, E columns of dq of a warpgroup, R slots of two.
+W warpgroups, Q rows of a step, E columns of dq of a warpgroup, R ring slots.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +25,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from k2jax.kernels.attention.keys_gradient_sm90 import KEYS, ROWS, UNIT, add_to_values, keys_seen
-from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, PRODUCER, TRANSFORMS, slot_of, wait_free
+from k2jax.kernels.attention.keys_gradient_sm90 import COLUMN, KEYS, ROWS, UNIT, keys_seen
+from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, slot_of, wait_free
 
-SLOTS = 2
 SIZE = 128
 COLUMNS = SIZE // CONSUMERS
-ADDER = PRODUCER + 1
+SLOTS = 2
+Q_SLOTS = 3  # The next step's logits are computed before a step is done with its queries.
+# Key heads at a time: with more of them a head's rows do not stay in the cache from unit to unit, with fewer of them
+# its units wait for each other.
+HEADS = 16
 F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-FEW_REGISTERS, MANY_REGISTERS = 24, 232  # The four warpgroups' sum is at most 512.
+FEW_REGISTERS, MANY_REGISTERS = 24, 240  # The three warpgroups' sum is at most 512.
 
 
 def fused_gradient(scale, own, k_BSGK, v_BSGV, *, interpret=None):
@@ -42,46 +49,63 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, interpret=None):
       k_BSGK, v_BSGV: bfloat16 or float16, K = V = 128.
       interpret: as in `tiles_sm90.attend`.
 
-    Returns: dq_BTHK in float32, dk_BSGK and dv_BSGV.
+    Returns: dq_BTHK, dk_BSGK and dv_BSGV in the inputs' type. dq is summed in a float32 buffer of its own.
     """
     (B, S, G, K), dtype = k_BSGK.shape, k_BSGK.dtype
     T, H = own[0].shape[1:3]
     if (T, K, v_BSGV.shape[-1]) != (S, SIZE, SIZE):
         raise ValueError(f"{T} queries of {S} keys of sizes {K}, {v_BSGV.shape[-1]}: built is T = S, sizes {SIZE}")
-    pairs = plgpu.SMEM((SLOTS, ROWS, K), dtype, transforms=TRANSFORMS)
-    vectors = plgpu.SMEM((SLOTS, ROWS), jnp.float32)
+    heads = _heads_at_a_time(B * G)
     kernel = plgpu.kernel(
         functools.partial(_kernel, scale=scale),
         out_type=(
-            jax.ShapeDtypeStruct((B, T, H, K), jnp.float32),
+            jax.ShapeDtypeStruct((B, H, T, K), jnp.float32),
             *(jax.ShapeDtypeStruct(k_BSGK.shape, dtype) for _ in range(2)),
         ),
-        # The last axis is the slowest: units start in the order in which they add to dq.
-        grid=(B * G, -(-S // UNIT)),
-        grid_names=("head", "unit"),
-        num_threads=CONSUMERS + 2,
+        # The last axis is the fastest: units start in the order in which they add to dq.
+        grid=(B * G // heads, -(-S // UNIT), heads),
+        grid_names=("heads", "unit", "head"),
+        num_threads=CONSUMERS + 1,
         thread_name="wg",
         kernel_name="fused_gradient",
         interpret=interpret,
         scratch_types={
             "k_WNK": plgpu.SMEM((CONSUMERS, KEYS, K), dtype, transforms=TRANSFORMS),
             "v_WNV": plgpu.SMEM((CONSUMERS, KEYS, K), dtype, transforms=TRANSFORMS),
-            "q_RQK": pairs,
-            "dout_RQV": pairs,
-            "lse_RQ": vectors,
-            "delta_RQ": vectors,
+            "q_RQK": plgpu.SMEM((Q_SLOTS, ROWS, K), dtype, transforms=TRANSFORMS),
+            "lse_RQ": plgpu.SMEM((Q_SLOTS, ROWS), jnp.float32),
+            "dout_RQV": plgpu.SMEM((SLOTS, ROWS, K), dtype, transforms=TRANSFORMS),
+            "delta_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
             "ds_RWNQ": plgpu.SMEM((SLOTS, CONSUMERS, KEYS, ROWS), dtype, transforms=TRANSFORMS),
-            "dq_RWQE": plgpu.SMEM((SLOTS, CONSUMERS, ROWS, COLUMNS), jnp.float32, transforms=F32_TRANSFORMS),
+            "dq_WQE": plgpu.SMEM((CONSUMERS, ROWS, COLUMNS), jnp.float32, transforms=F32_TRANSFORMS),
             "kv_full": plgpu.Barrier(num_arrivals=4),
-            "full": plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
-            "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
-            "met": plgpu.Barrier(num_arrivals=CONSUMERS),
-            "dq_full": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
-            "dq_empty": plgpu.Barrier(num_arrivals=1, num_barriers=SLOTS),
+            "q_full": plgpu.Barrier(num_arrivals=2, num_barriers=Q_SLOTS),
+            "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=Q_SLOTS),
+            "dout_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+            "dout_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+            "ds_full": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+            "ds_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+            "dq_full": plgpu.Barrier(num_barriers=CONSUMERS),
+            "dq_empty": plgpu.Barrier(num_barriers=CONSUMERS),
+            "turn_come": plgpu.Barrier(num_barriers=SLOTS),
+            "turn_taken": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
         },
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            # No thread reads what it wrote: it goes to the tensor cores or to copies, ordered by barriers of ours.
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
     )
-    return kernel(*own, k_BSGK, v_BSGV)
+    q_BTHK, dout_BTHV, lse_BHT, delta_BHT = own
+    dq_BHTK, *keys = kernel(q_BTHK, dout_BTHV, lse_BHT * LOG2E, delta_BHT, k_BSGK, v_BSGV)
+    return (dq_BHTK * scale).astype(q_BTHK.dtype).swapaxes(1, 2), *keys
+
+
+def _heads_at_a_time(num_heads):
+    """The least part of all heads that is HEADS or more, so that all turns have as many."""
+    return min((n for n in range(HEADS, num_heads) if num_heads % n == 0), default=num_heads)
 
 
 class _Unit:
@@ -89,13 +113,15 @@ class _Unit:
 
     def __init__(self, q_BTHK, k_BSGK):
         (_, T, self.num_heads, _), G = q_BTHK.shape, k_BSGK.shape[2]
-        self.batch, self.key_head = (op(lax.axis_index("head"), jnp.int32(G)) for op in (lax.div, lax.rem))
+        head = lax.axis_index("heads") * lax.axis_size("head") + lax.axis_index("head")
+        self.batch, self.key_head = (op(head, jnp.int32(G)) for op in (lax.div, lax.rem))
         self.number, self.group = lax.axis_index("unit"), self.num_heads // G
         self.start = self.number * UNIT
         self.tiles = -(-T // ROWS)  # of a query head
         # Rows before the unit's first key see none of its keys, and rows from its last key on see all of them.
         self.steps = self.tiles - self.number * (UNIT // ROWS)
         self.clear_to = jnp.maximum(self.steps - UNIT // ROWS, 0)
+        self.all_steps = self.group * self.steps
 
     def keys_of(self, array, wg):
         return array.at[self.batch, pl.ds(self.start + wg * KEYS, KEYS), self.key_head]
@@ -107,9 +133,9 @@ class _Unit:
         rows, head = pl.ds(self.tile_of(step) * ROWS, ROWS), self.key_head * self.group + r
         return array.at[self.batch, rows, head] if len(array.shape) == 4 else array.at[self.batch, head, rows]
 
-    def columns_of(self, dq_BTHK, r, step, wg):
+    def columns_of(self, dq_BHTK, r, step, wg):
         rows, head = pl.ds(self.tile_of(step) * ROWS, ROWS), self.key_head * self.group + r
-        return dq_BTHK.at[self.batch, rows, head, pl.ds(wg * COLUMNS, COLUMNS)]
+        return dq_BHTK.at[self.batch, head, rows, pl.ds(wg * COLUMNS, COLUMNS)]
 
     def turn_of(self, turns, r, step):
         head = self.batch * self.num_heads + self.key_head * self.group + r
@@ -122,61 +148,70 @@ class _Unit:
         def _head(r):
             pl.loop(0, self.steps)(lambda i: body(r, i, r * self.steps + i))
 
+    def walk_behind_first(self, body, carry):
+        """carry = body(step, steps before it, carry, whether some of its rows miss keys), from the second step on."""
 
-def _kernel(
-    q_BTHK, dout_BTHV, lse_BHT, delta_BHT, k_BSGK, v_BSGV, dq_BTHK, dk_BSGK, dv_BSGV, *, scale, k_WNK, v_WNV, q_RQK,
-    dout_RQV, lse_RQ, delta_RQ, ds_RWNQ, dq_RWQE, kv_full, full, empty, met, dq_full, dq_empty,
-):  # fmt: skip
-    unit, wg = _Unit(q_BTHK, k_BSGK), lax.axis_index("wg")
-    rings = (q_RQK, dout_RQV, lse_RQ, delta_RQ)
-    # How many units have added to a tile of rows: zero before every call.
+        def head(r, carry):
+            def one(i, carry, masked):
+                return body(i, r * self.steps + i, carry, masked)
+
+            first = jnp.where(r == 0, 1, 0)
+            carry = lax.fori_loop(first, self.clear_to, functools.partial(one, masked=False), carry)
+            first = jnp.maximum(first, self.clear_to)
+            return lax.fori_loop(first, self.steps, functools.partial(one, masked=True), carry)
+
+        return lax.fori_loop(0, self.group, head, carry)
+
+
+class _Shared(NamedTuple):
+    """What is in shared memory, and the barriers."""
+
+    k_WNK: object
+    v_WNV: object
+    q_RQK: object
+    lse_RQ: object
+    dout_RQV: object
+    delta_RQ: object
+    ds_RWNQ: object
+    dq_WQE: object
+    kv_full: object
+    q_full: object
+    q_empty: object
+    dout_full: object
+    dout_empty: object
+    ds_full: object
+    ds_empty: object
+    dq_full: object
+    dq_empty: object
+    turn_come: object
+    turn_taken: object
+
+
+def _kernel(q_BTHK, dout_BTHV, lse_BHT, delta_BHT, k_BSGK, v_BSGV, dq_BHTK, dk_BSGK, dv_BSGV, *, scale, **shared):
+    unit, wg, mem = _Unit(q_BTHK, k_BSGK), lax.axis_index("wg"), _Shared(**shared)
+    # How many warps have added to a tile of rows: zero before every call.
     turns = pl.get_global(plgpu.SemaphoreType.REGULAR((q_BTHK.shape[0] * unit.num_heads * unit.tiles,)))
 
     @pl.when(wg == PRODUCER)
-    def _produce():
+    def _copy():
         plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
-        for i in range(CONSUMERS):
-            plgpu.copy_gmem_to_smem(unit.keys_of(k_BSGK, i), k_WNK.at[i], kv_full)
-            plgpu.copy_gmem_to_smem(unit.keys_of(v_BSGV, i), v_WNV.at[i], kv_full)
-        arrays = (q_BTHK, dout_BTHV, lse_BHT, delta_BHT)
 
-        def stream(r, i, number):
-            wait_free(number, empty, SLOTS)
-            slot = slot_of(number, SLOTS)
-            for array, ring in zip(arrays, rings, strict=True):
-                plgpu.copy_gmem_to_smem(unit.rows_of(array, r, i), ring.at[slot], full.at[slot])
-
-        unit.walk(stream)
-
-    @pl.when(wg == ADDER)
-    def _add():
-        plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
-        unit.walk(functools.partial(_add_in_turn, unit, dq_BTHK, dq_RWQE, turns, dq_full, dq_empty))
+        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+        def _warps():
+            warp, rows = lax.axis_index("warp"), (q_BTHK, lse_BHT, dout_BTHV, delta_BHT)
+            pl.when(warp < CONSUMERS)(lambda: _add_in_turn(unit, warp, dq_BHTK, mem, turns))
+            pl.when(warp == CONSUMERS)(lambda: _stream(unit, rows, (k_BSGK, v_BSGV), mem))
+            pl.when(warp == CONSUMERS + 1)(lambda: _watch_turns(unit, mem, turns))
 
     @pl.when(wg < CONSUMERS)
     def _consume():
         plgpu.set_max_registers(MANY_REGISTERS, action="increase")
-        plgpu.barrier_wait(kv_full)
-        barriers = (full, empty, met, dq_full, dq_empty)
-
-        def all_steps(dk_NK, dv_NV):
-            step = functools.partial(
-                _add_rows, unit=unit, wg=wg, scale=scale, keys=(k_WNK, v_WNV), sums=(dk_NK, dv_NV), rings=rings,
-                ds_RWNQ=ds_RWNQ, dq_RWQE=dq_RWQE, barriers=barriers,
-            )  # fmt: skip
-
-            @pl.loop(0, unit.group)
-            def _head(r):
-                so_far = r * unit.steps
-                pl.loop(0, unit.clear_to)(lambda i: step(i, so_far + i, masked=False))
-                pl.loop(unit.clear_to, unit.steps)(lambda i: step(i, so_far + i, masked=True))
-
-            return dk_NK[...], dv_NV[...]
-
+        plgpu.barrier_wait(mem.kv_full)
         acc = plgpu.ACC((KEYS, SIZE), jnp.float32)
-        dk_NK, dv_NV = pl.run_scoped(all_steps, acc, acc)
-        _meet(met)  # The other warpgroup multiplied with these keys too.
-        k_NK, v_NV = k_WNK.at[wg], v_WNV.at[wg]
+        dk_NK, dv_NV = pl.run_scoped(functools.partial(_all_steps, unit, mem, scale), acc, acc)
+        for number in (unit.all_steps, unit.all_steps - 1):  # The other warpgroup multiplied with these keys too.
+            plgpu.barrier_wait(mem.ds_empty.at[slot_of(number)])
+        k_NK, v_NV = mem.k_WNK.at[wg], mem.v_WNV.at[wg]
         k_NK[...] = (dk_NK * scale).astype(k_BSGK.dtype)
         v_NV[...] = dv_NV.astype(v_BSGV.dtype)
         plgpu.commit_smem()
@@ -185,62 +220,215 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _meet(met):
-    plgpu.barrier_arrive(met)
-    plgpu.barrier_wait(met)
+# --- the copying warps --------------------------------------------------------------------------------------------
 
 
-def _add_in_turn(unit, dq_BTHK, dq_RWQE, turns, dq_full, dq_empty, r, step, number):
-    """Adds a step's product to dq once all units before this one have; the first one, which all rows see, stores it."""
-    slot, turn = slot_of(number, SLOTS), unit.turn_of(turns, r, step)
-    plgpu.barrier_wait(dq_full.at[slot])
+def _stream(unit, rows, keys, mem):
+    """Copies the unit's keys and values, then the rows of all steps."""
+    for array, part_WNE in zip(keys, (mem.k_WNK, mem.v_WNV), strict=True):
+        for w in range(CONSUMERS):
+            plgpu.copy_gmem_to_smem(unit.keys_of(array, w), part_WNE.at[w], mem.kv_full)
+    q_BTHK, lse_BHT, dout_BTHV, delta_BHT = rows
+    rings = (
+        (Q_SLOTS, ((q_BTHK, mem.q_RQK), (lse_BHT, mem.lse_RQ)), mem.q_full, mem.q_empty),
+        (SLOTS, ((dout_BTHV, mem.dout_RQV), (delta_BHT, mem.delta_RQ)), mem.dout_full, mem.dout_empty),
+    )
 
-    def copy(reduction_op):
-        for i in range(CONSUMERS):
-            columns = unit.columns_of(dq_BTHK, r, step, i)
-            plgpu.copy_smem_to_gmem(dq_RWQE.at[slot, i], columns, reduction_op=reduction_op)
+    def one(r, i, number):
+        for slots, pairs, full, empty in rings:
+            wait_free(number, empty, slots)
+            slot = slot_of(number, slots)
+            for array, ring in pairs:
+                plgpu.copy_gmem_to_smem(unit.rows_of(array, r, i), ring.at[slot], full.at[slot])
 
-    pl.when(unit.number == 0)(lambda: copy(None))
-
-    @pl.when(unit.number > 0)
-    def _later():
-        plgpu.semaphore_wait(turn, unit.number, decrement=False, memory_scope="gpu")
-        copy("add")
-
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(dq_empty.at[slot])
-    plgpu.wait_smem_to_gmem(0)  # What was written is seen by the unit whose turn is next.
-    plgpu.semaphore_signal(turn, 1, memory_scope="gpu")
+    unit.walk(one)
 
 
-def _add_rows(i, number, masked, *, unit, wg, scale, keys, sums, rings, ds_RWNQ, dq_RWQE, barriers):
-    """Adds what 64 rows send back, and hands over what the unit's keys send to half of the rows' columns."""
-    (k_WNK, v_WNV), (dk_NK, dv_NV), (full, empty, met, dq_full, dq_empty) = keys, sums, barriers
-    slot = slot_of(number, SLOTS)
-    plgpu.barrier_wait(full.at[slot])
-    rows = q_QK, *_ = [ring.at[slot] for ring in rings]
+def _watch_turns(unit, mem, turns):
+    """Tells the adding warps when the units before this one have added to a step's rows; ahead of them, since a look
+    into global memory takes long.
+    """
 
-    def seen(shape):
-        return keys_seen(shape, wg, unit.tile_of(i) * ROWS - unit.start)[1]
+    def one(r, i, number):
+        wait_free(number, mem.turn_taken)
 
-    own = (k_WNK.at[wg], v_WNV.at[wg])
-    ds_NQ = add_to_values(own, rows, dv_NV, scale, seen if masked else None, tight=True)
-    plgpu.wgmma(dk_NK, ds_NQ, q_QK)
-    # Both warpgroups were done with this slot's last ds before they met in the step between.
-    ds_RWNQ.at[slot, wg][...] = ds_NQ
+        @pl.when(unit.number > 0)
+        def _wait():
+            added = unit.number * CONSUMERS
+            plgpu.semaphore_wait(unit.turn_of(turns, r, i), added, decrement=False, memory_scope="gpu")
+
+        plgpu.barrier_arrive(mem.turn_come.at[slot_of(number)])
+
+    unit.walk(one)
+
+
+def _add_in_turn(unit, warp, dq_BHTK, mem, turns):
+    """Adds a warpgroup's columns of every step's product to dq; the first unit, which all rows see, stores them."""
+
+    def one(r, i, number):
+        slot = slot_of(number)
+        plgpu.barrier_wait(mem.turn_come.at[slot])
+        plgpu.barrier_arrive(mem.turn_taken.at[slot])
+        plgpu.barrier_wait(mem.dq_full.at[warp])
+
+        def copy(reduction_op):
+            columns = unit.columns_of(dq_BHTK, r, i, warp)
+            plgpu.copy_smem_to_gmem(mem.dq_WQE.at[warp], columns, reduction_op=reduction_op)
+
+        pl.when(unit.number == 0)(lambda: copy(None))
+        pl.when(unit.number > 0)(lambda: copy("add"))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(mem.dq_empty.at[warp])
+        plgpu.wait_smem_to_gmem(0)  # What was written is seen by the unit whose turn is next.
+        plgpu.semaphore_signal(unit.turn_of(turns, r, i), 1, memory_scope="gpu")
+
+    unit.walk(one)
+
+
+# --- the computing warpgroups -------------------------------------------------------------------------------------
+
+
+class _Step(NamedTuple):
+    """One step of a warpgroup."""
+
+    unit: _Unit
+    mem: _Shared
+    scale: float
+    number: object
+    wg: object
+
+
+def _all_steps(unit, mem, scale, dk_NK, dv_NV):
+    """The unit's gradients: what every step adds to dk before scale, and to dv."""
+
+    def at(number):
+        # Out of the compiler's sight, or it computes every address of the keys before the loop and runs out of
+        # registers (`python -m benchmarks.hopper_code`).
+        wg = lax.optimization_barrier(lax.axis_index("wg"))
+        return _Step(unit, mem, scale, number, wg)
+
+    def body(i, number, p_NQ, masked):
+        step = at(number - 1)
+        _hand_over(step, _add_to_values(step, p_NQ, dv_NV))
+        return _multiply(step, dk_NK, at(number), i, masked)
+
+    first, last = at(jnp.int32(0)), at(unit.all_steps - 1)
+    p_NQ = unit.walk_behind_first(body, _first_probabilities(first))
+    _hand_over(last, _add_to_values(last, p_NQ, dv_NV))
+    _multiply_last(last, dk_NK)
+    return dk_NK[...], dv_NV[...]
+
+
+def _queue_logits(step, s_NQ):
+    slot = slot_of(step.number, Q_SLOTS)
+    plgpu.barrier_wait(step.mem.q_full.at[slot])
+    plgpu.wgmma(s_NQ, step.mem.k_WNK.at[step.wg], step.mem.q_RQK.at[slot].transpose((1, 0)))
+
+
+def _probabilities(step, s_NQ, i, masked):
+    lse_Q = plgpu.load(step.mem.lse_RQ.at[slot_of(step.number, Q_SLOTS)], layout=COLUMN)
+    p_NQ = jnp.exp2(s_NQ * (step.scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
+    if not masked:
+        return p_NQ
+    return jnp.where(keys_seen(p_NQ.shape, step.wg, step.unit.tile_of(i) * ROWS - step.unit.start)[1], p_NQ, 0.0)
+
+
+def _first_probabilities(step):
+    def logits(s_NQ):
+        _queue_logits(step, s_NQ)
+        return s_NQ[...]
+
+    s_NQ = pl.run_scoped(logits, plgpu.ACC((KEYS, ROWS), jnp.float32))
+    return _probabilities(step, s_NQ, jnp.int32(0), masked=True)
+
+
+def _add_to_values(step, p_NQ, dv_NV):
+    """Adds a step's part to dv, which is not there yet; returns ds_NQ."""
+    mem, slot = step.mem, slot_of(step.number)
+    plgpu.barrier_wait(mem.dout_full.at[slot])
+    dout_QV = mem.dout_RQV.at[slot]
+
+    def chances(dp_NQ):
+        plgpu.wgmma(dp_NQ, mem.v_WNV.at[step.wg], dout_QV.transpose((1, 0)))
+        plgpu.wgmma(dv_NV, p_NQ.astype(dout_QV.dtype), dout_QV)
+        return plgpu.wgmma_accumulator_load(dp_NQ, wait_n=1)
+
+    dp_NQ = pl.run_scoped(chances, plgpu.ACC((KEYS, ROWS), jnp.float32))
+
+    @pl.when(step.number > 0)
+    def _before():  # The step before has been multiplied with its queries by now.
+        plgpu.barrier_arrive(mem.q_empty.at[slot_of(step.number - 1, Q_SLOTS)])
+
+    delta_Q = plgpu.load(mem.delta_RQ.at[slot], layout=COLUMN)
+    return (p_NQ * (dp_NQ - lax.broadcast_in_dim(delta_Q, dp_NQ.shape, [1]))).astype(dout_QV.dtype)
+
+
+def _hand_over(step, ds_NQ):
+    """Puts ds where both warpgroups multiply with it."""
+    mem, slot = step.mem, slot_of(step.number)
+    # The one but last ds lay here. Before the second step nothing did, but it was multiplied all the same.
+    pl.when(step.number > 0)(lambda: plgpu.barrier_wait(mem.ds_empty.at[slot]))
+    mem.ds_RWNQ.at[slot, step.wg][...] = ds_NQ
+    # This orders the vectors' ordinary loads before the next copies too.
     plgpu.commit_smem()
-    _meet(met)
+    plgpu.barrier_arrive(mem.ds_full.at[slot])
 
-    def back(dq_QE):
-        for j in range(CONSUMERS):
-            columns = pl.ds(wg * COLUMNS, COLUMNS)
-            plgpu.wgmma(dq_QE, ds_RWNQ.at[slot, j].transpose((1, 0)), k_WNK.at[j, :, columns])
-        return dq_QE[...]
 
-    dq_QE = pl.run_scoped(back, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
-    # The vectors' ordinary loads came before the last commit_smem, which orders them before the next copy.
-    plgpu.barrier_arrive(empty.at[slot])
-    wait_free(number, dq_empty, SLOTS)
-    dq_RWQE.at[slot, wg][...] = dq_QE * scale
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(dq_full.at[slot])
+def _multiply(step, dk_NK, following, i, masked):
+    """Multiplies the step's ds with its queries and the ds before with the keys; returns the next probabilities.
+
+    Before the first step there is no ds: what its product is does not matter, since nobody gets it.
+    """
+    mem = step.mem
+
+    def products(dq_QE, s_NQ):
+        _queue_rows(step, step.number - 1, dq_QE)
+        _queue_logits(following, s_NQ)
+        _queue_keys(step, dk_NK)
+        _give_rows(step, step.number - 1, plgpu.wgmma_accumulator_load(dq_QE, wait_n=2))
+        plgpu.barrier_arrive(mem.dout_empty.at[slot_of(step.number)])
+        return _probabilities(following, plgpu.wgmma_accumulator_load(s_NQ, wait_n=1), i, masked)
+
+    rows, logits = (plgpu.ACC(shape, jnp.float32) for shape in ((ROWS, COLUMNS), (KEYS, ROWS)))
+    return pl.run_scoped(products, rows, logits)
+
+
+def _multiply_last(step, dk_NK):
+    """Multiplies the last step's ds with its queries, and the last two with the keys."""
+
+    def products(dq_QE, last_QE):
+        _queue_rows(step, step.number - 1, dq_QE)
+        _queue_keys(step, dk_NK)
+        _give_rows(step, step.number - 1, dq_QE[...])
+        _queue_rows(step, step.number, last_QE)
+        _give_rows(step, step.number, last_QE[...])
+
+    acc = plgpu.ACC((ROWS, COLUMNS), jnp.float32)
+    pl.run_scoped(products, acc, acc)
+
+
+def _queue_keys(step, dk_NK):
+    ds_NQ = step.mem.ds_RWNQ.at[slot_of(step.number), step.wg]
+    plgpu.wgmma(dk_NK, ds_NQ, step.mem.q_RQK.at[slot_of(step.number, Q_SLOTS)])
+
+
+def _queue_rows(step, number, dq_QE):
+    """Half of the columns of what all of the unit's keys send to the rows of the step with this number."""
+    mem, slot = step.mem, slot_of(number + SLOTS)
+    pl.when(number >= 0)(lambda: plgpu.barrier_wait(mem.ds_full.at[slot]))
+    for w in range(CONSUMERS):
+        columns = pl.ds(step.wg * COLUMNS, COLUMNS)
+        plgpu.wgmma(dq_QE, mem.ds_RWNQ.at[slot, w].transpose((1, 0)), mem.k_WNK.at[w, :, columns])
+
+
+def _give_rows(step, number, dq_QE):
+    """Gives a product to the adding warp, unless the step is none."""
+    mem, wg = step.mem, step.wg
+    plgpu.barrier_arrive(mem.ds_empty.at[slot_of(number + SLOTS)])
+
+    @pl.when(number >= 0)
+    def _give():
+        pl.when(number > 0)(lambda: plgpu.barrier_wait(mem.dq_empty.at[wg]))
+        mem.dq_WQE.at[wg][...] = dq_QE
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(mem.dq_full.at[wg])

@@ -62,9 +62,9 @@ def keys_gradient(
     kernel = plgpu.kernel(
         functools.partial(_kernel, names=tuple(arrays), scale=scale, block_size=block_size),
         out_type=(jax.ShapeDtypeStruct((*shape, K), dtype), jax.ShapeDtypeStruct((*shape, V), dtype)),
-        # The last axis is the slowest. Early keys are read by most rows, so they start first.
-        grid=(heads.num_rows * heads.num_heads, -(-S // UNIT)),
-        grid_names=("head", "unit"),
+        # The last axis is the fastest. Early keys are read by most rows, so they start first.
+        grid=(-(-S // UNIT), heads.num_rows * heads.num_heads),
+        grid_names=("unit", "head"),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
         kernel_name="keys_gradient",
@@ -176,7 +176,7 @@ def _kernel(
         k_NK, v_NV = k_WNK.at[wg], v_WNV.at[wg]
 
         def all_steps(dk_NK, dv_NV):
-            keys, sums = (k_NK, v_NV), (dk_NK, dv_NV)
+            keys, sums = (k_WNK, v_WNV), (dk_NK, dv_NV)
             add = functools.partial(_add_rows, scale=scale, keys=keys, sums=sums, rings=rings, full=full, empty=empty)
             if "chosen" in names:
                 pl.loop(0, unit.chosen_steps)(functools.partial(add, so_far=jnp.int32(0)))
@@ -186,7 +186,7 @@ def _kernel(
             @pl.loop(0, unit.num_own_heads)
             def _own_head(r):
                 own = functools.partial(add, so_far=unit.chosen_steps + r * unit.own_steps)
-                seen_by = functools.partial(_seen_by, unit, wg, start_RQ if has_starts else None)
+                seen_by = functools.partial(_seen_by, unit, start_RQ if has_starts else None)
                 pl.loop(0, unit.clear_from)(functools.partial(own, seen_by=seen_by))
                 pl.loop(unit.clear_from, unit.clear_to)(own)
                 if has_starts:
@@ -204,7 +204,7 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _seen_by(unit, wg, start_RQ, shape, step, slot):
+def _seen_by(unit, start_RQ, shape, step, slot, wg):
     """Whether each key of a warpgroup is seen by each own row of a step."""
     key_NQ, seen_NQ = keys_seen(shape, wg, unit.position + step * ROWS)
     if start_RQ is None:
@@ -247,6 +247,10 @@ def _add_rows(i, so_far, seen_by=None, *, scale, keys, sums, rings, full, empty)
     """Adds what 64 rows send back. seen_by: (shape, step, slot) -> which keys they see; None where they see all."""
     dk_NK, dv_NV = sums
     slot = slot_of(so_far + i, SLOTS)
+    wg = lax.optimization_barrier(lax.axis_index("wg"))
+    if seen_by is not None:
+        seen_by = functools.partial(seen_by, wg=wg)
+    keys = tuple(x_WNE.at[wg] for x_WNE in keys)
     plgpu.barrier_wait(full.at[slot])
     rows = q_QK, *_ = [ring.at[slot] for ring in rings[:4]]
     seen = None if seen_by is None else lambda shape: seen_by(shape, i, slot)

@@ -108,8 +108,7 @@ def _backward(settings, saved, cotangents):
     q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, starts = saved
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
     if fused:
-        dq_BTHK, *keys = fused_gradient(scale, own, k_BSGK, v_BSGV, interpret=interpret)
-        return dq_BTHK.astype(q_BTHK.dtype), *keys, None
+        return *fused_gradient(scale, own, k_BSGK, v_BSGV, interpret=interpret), None
     block_size, options = padded(k_BSGK.shape[1]), {"starts": starts, "interpret": interpret}
     dq_BTHK = rows_gradient(scale, block_size, *own, k_BSGK, v_BSGV, num_sms=num_sms, **options)
     return dq_BTHK, *keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, **options), None

@@ -1,0 +1,111 @@
+"""Full causal attention of our own on a Hopper GPU against the fastest that is to be had.
+
+    python -m benchmarks.dense_attention [--only NAME ...] [--seconds 300] [--write]
+
+Forward, and forward with backward, bf16, with both of our gradients. The implementations take turns, round after round,
+because a GPU that gets warm gets slower: what is compared ran within the same second. Times are medians over ROUNDS;
+what cannot run a case is said. Prints a table; --write keeps it in benchmarks/results/dense_attention.json. Whether the
+kernels are right, tests/test_gpu.py asks.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+
+from benchmarks import moba, record
+from benchmarks.moba import say
+
+# name: batch, tokens, query heads, key heads, sizes of keys and values
+CASES = {
+    "4K": (2, 4096, 16, 16, 128, 128),
+    "8K": (2, 8192, 16, 16, 128, 128),
+    "16K": (2, 16384, 16, 16, 128, 128),
+    "32K": (2, 32768, 16, 16, 128, 128),
+    "64K": (2, 65536, 16, 16, 128, 128),
+    "16K, 4 key heads": (2, 16384, 16, 4, 128, 128),
+    "32K, MLA": (1, 32768, 16, 16, 192, 128),
+}
+WHATS = {"forward": False, "forward + backward": True}
+ROUNDS = 7
+ROUND_SECONDS = 0.03  # of calls in a row, at least one
+
+
+def compiled_cases(names) -> dict:
+    """{name: {(what, who): the program, to come}}: all at once, since compiling takes longer than running."""
+    pool, programs = ThreadPoolExecutor(), {}
+    for name in names:
+        arrays = jax.eval_shape(functools.partial(moba.inputs, *CASES[name]))
+        programs[name] = {
+            (what, who): pool.submit(moba.compiled, attention, arrays, backward)
+            for what, backward in WHATS.items()
+            for who, attention in moba.dense_peers().items()
+        }
+    pool.shutdown()
+    return programs
+
+
+def time_case(name, programs) -> dict[str, dict[str, float]]:
+    """{what: {who: milliseconds}} of one case."""
+    arrays, runs, times = moba.inputs(*CASES[name]), {}, {}
+    for (what, who), program in programs.items():
+        given = arrays if WHATS[what] else arrays[:3]
+        try:
+            run = program.result()
+            jax.block_until_ready(run(*given))
+            start = time.perf_counter()
+            jax.block_until_ready(run(*given))
+        except Exception as error:
+            say(f"  {name}, {what}: {who}: {type(error).__name__}: {str(error)[:150]}")
+            continue
+        calls = max(1, int(ROUND_SECONDS / (time.perf_counter() - start)))
+        runs[what, who], times[what, who] = (run, given, calls), []
+    for _ in range(ROUNDS):
+        for key, (run, given, calls) in runs.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                out = run(*given)
+            jax.block_until_ready(out)
+            times[key].append((time.perf_counter() - start) / calls * 1e3)
+            del out
+    found = {what: {} for what in WHATS}
+    for (what, who), milliseconds in times.items():
+        found[what][who] = statistics.median(milliseconds)
+    return found
+
+
+def line(name, what, times) -> str:
+    """One row of the table; beside our own times the fastest peer's as a multiple of them."""
+    fastest = min((ms for who, ms in times.items() if not who.startswith("k2jax")), default=None)
+    told = [
+        f"{who} {ms:.2f}" + (f" ({fastest / ms:.2f}x of the fastest)" if fastest and who.startswith("k2jax") else "")
+        for who, ms in times.items()
+    ]
+    return f"{name:18} {what:19} {', '.join(told)}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--seconds", type=float, default=300.0, help="after these nothing new is started")
+    parser.add_argument("--write", action="store_true")
+    flags = parser.parse_args(argv)
+    start = time.monotonic()
+    programs = compiled_cases(flags.only)
+    data = {"rounds": ROUNDS, "milliseconds": {}}
+    for name in flags.only:
+        if time.monotonic() - start > flags.seconds:
+            say(f"out of time before {name}")
+            break
+        data["milliseconds"][name] = found = time_case(name, programs[name])
+        for what, times in found.items():
+            say(line(name, what, times))
+        if flags.write:
+            record.write("dense_attention", "python -m benchmarks.dense_attention --write", data)
+
+
+if __name__ == "__main__":
+    main()

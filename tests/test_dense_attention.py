@@ -1,0 +1,42 @@
+"""The comparison of dense attention: who takes turns, what a row says, and what cannot run."""
+
+import functools
+
+import pytest
+
+from benchmarks import dense_attention, moba, record
+from k2jax.kernels.attention import attention
+
+
+def test_a_row_says_how_ours_stand_against_the_fastest_peer():
+    row = dense_attention.line("4K", "forward", {"k2jax dense": 2.0, "k2jax dense, fused": 1.0, "a": 1.5, "b": 3.0})
+    assert "k2jax dense 2.00 (0.75x of the fastest), k2jax dense, fused 1.00 (1.50x of the fastest), a 1.50" in row
+    assert dense_attention.line("4K", "forward", {"k2jax dense": 2.0}).endswith("k2jax dense 2.00")
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """One tiny case; ours, and a peer that cannot run it."""
+
+    def broken(q, k, v):
+        raise ValueError("not built for this")
+
+    ours = functools.partial(attention, scale=0.1, implementation="xla")
+    monkeypatch.setattr(dense_attention, "CASES", {"tiny": (1, 64, 2, 1, 16, 8)})
+    monkeypatch.setattr(moba, "dense_peers", lambda: {"k2jax dense": ours, "broken": broken})
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_what_cannot_run_is_said_and_the_rest_is_timed_and_kept(tiny, capsys):
+    dense_attention.main(["--write", "--only", "tiny"])
+    kept, said = record.read("dense_attention")["milliseconds"]["tiny"], capsys.readouterr().out
+    assert {what: list(times) for what, times in kept.items()} == {what: ["k2jax dense"] for what in kept}
+    assert all(times["k2jax dense"] > 0 for times in kept.values())
+    assert said.count("broken: ValueError: not built for this") == 2
+
+
+def test_out_of_time_starts_nothing_new_and_says_so(tiny, capsys):
+    dense_attention.main(["--seconds", "-1", "--only", "tiny"])
+    assert capsys.readouterr().out == "out of time before tiny\n"
+    assert not list(tiny.iterdir())
