@@ -196,12 +196,13 @@ def _kernel(q_BTHK, dout_BTHV, lse_BHT, delta_BHT, k_BSGK, v_BSGV, dq_BHTK, dk_B
     def _copy():
         plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
 
-        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-        def _warps():
+        def warps():
             warp, rows = lax.axis_index("warp"), (q_BTHK, lse_BHT, dout_BTHV, delta_BHT)
             pl.when(warp < CONSUMERS)(lambda: _add_in_turn(unit, warp, dq_BHTK, mem, turns))
             pl.when(warp == CONSUMERS)(lambda: _stream(unit, rows, (k_BSGK, v_BSGV), mem))
             pl.when(warp == CONSUMERS + 1)(lambda: _watch_turns(unit, mem, turns))
+
+        pl.kernel(warps, mesh=plgpu.WarpMesh(axis_name="warp"))()
 
     @pl.when(wg < CONSUMERS)
     def _consume():
