@@ -53,6 +53,7 @@ CASES = {
     "full, MLA": {"K": 192},
     "MoBA": {"T": 16384, "sparse": True},
     "MoBA, short": {"sparse": True},
+    "MoBA, short, fused gradient": {"sparse": True, "fused": True},
     "MoBA, documents": {"T": 16384, "sparse": True, "documents": True},
     "MoBA, MLA": {"T": 16384, "sparse": True, "K": 192},
 }
@@ -108,10 +109,11 @@ def compile_case(device, dump: Path, *, T=4096, G=16, K=128, sparse=False, docum
 
     Batch 2, T tokens, 16 query heads, G key heads of size K, values of size 128.
     """
-    settings = {"scale": K**-0.5, "num_sms": 132, "interpret": False}
+    settings = {"scale": K**-0.5, "num_sms": 132, "interpret": False, "fused": fused}
     if documents:
         settings["segment_ids"] = jnp.broadcast_to(jnp.arange(T) // (T // 4), (2, T))
-    settings |= {"block_size": 128, "top_k": 8} if sparse else {"fused": fused}
+    if sparse:
+        settings |= {"block_size": 128, "top_k": 8}
     op = moba.moba_attention if sparse else attention.attention
 
     def forward_and_backward(q, k, v, dout):

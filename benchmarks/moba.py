@@ -103,8 +103,11 @@ def as_selected(q, k, v, selected_BHTJ, block_id_BS, scale=SCALE, q_offset=0):
     return out, (lse, max_logit)
 
 
-def check(name) -> dict[str, float]:
-    """Errors, as multiples of those of plain bfloat16 attention; raises AssertionError where something is wrong."""
+def check(name, fused=False) -> dict[str, float]:
+    """Errors, as multiples of those of plain bfloat16 attention; raises AssertionError where something is wrong.
+
+    fused: the backward by the fused gradient, where it can.
+    """
     B, T, H, G, C, top_k, K, V, *ends = CHECKS[name]
     arrays = inputs(B, T, H, G, K, V)
     q_offset, num_queries = QUERIES.get(name, (0, T))
@@ -113,7 +116,7 @@ def check(name) -> dict[str, float]:
         jnp.broadcast_to(jnp.searchsorted(jnp.array(ends), jnp.arange(T), side="right"), (B, T)) if ends else None
     )
     settings = {"block_size": C, "top_k": top_k, "segment_ids": segments, "q_offset": q_offset}
-    run = jax.jit(functools.partial(with_gradients, functools.partial(kernels, **settings)))
+    run = jax.jit(functools.partial(with_gradients, functools.partial(kernels, fused=fused, **settings)))
     got = run(*arrays)
     jax.block_until_ready(run(*(2 * x for x in arrays)))  # so that a second run cannot find the first one's results
     same = jax.tree.map(lambda a, b: bool((a == b).all()), got, run(*arrays))
@@ -235,7 +238,7 @@ def dense_peers() -> dict:
 def stages(B, T, H, G, C, top_k, K, V) -> dict[str, float]:
     """Milliseconds of every stage alone, on random inputs."""
     q, k, v, dout = inputs(B, T, H, G, K, V)
-    settings = sm90.Settings(SCALE, C, H // G, T, T // C, top_k - 1, None, None)
+    settings = sm90.Settings(SCALE, C, H // G, T, T // C, top_k - 1, False, None, None)
     choose = jax.jit(functools.partial(sm90._choose, settings, packed=None))
     found = {"means, gate, top-k": median_ms(choose, q, k)}
     winner = choose(q, k)

@@ -80,6 +80,11 @@ def test_moba_kernels_are_as_exact_as_plain_attention_and_the_same_twice(name):
     moba_benchmark.check(name)
 
 
+@pytest.mark.parametrize("name", ["short", "short, grouped, three words"])
+def test_the_fused_gradient_of_a_short_text_is_as_exact_as_plain_attention_and_the_same_twice(name):
+    moba_benchmark.check(name, fused=True)
+
+
 @pytest.mark.parametrize(
     ("sizes", "implementation"), [*((sizes, "sm90") for sizes in sm90.HEAD_SIZES), ((128, 128), "sm90-fused")], ids=str
 )

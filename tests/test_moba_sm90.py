@@ -36,18 +36,18 @@ from k2jax.kernels.moba.blocks import choose
 from k2jax.kernels.moba.gate_sm90 import choose_blocks_sm90
 from tests import gpu_interpreter
 from tests.attention_cases import ATTENDS, call_of, distances, inputs
-from tests.test_moba_sm90 import FUSED, GATES
+from tests.test_moba_sm90 import FUSED, GATES, SHORT_FUSED
 
 gpu_interpreter.patch()
 interpret = plgpu.InterpretGPUParams(detect_races=True)
 
 def attend(name, how):
-    case, short = FUSED.get(name) or ATTENDS[name], how == "short"
-    sm90.PAIRS = case[9]
+    case, short = (FUSED | SHORT_FUSED | ATTENDS)[name], "short" in how
+    sm90.PAIRS = case[9] or sm90.PAIRS
     sm90.is_short = lambda *_: short
     fused_gradient_sm90.HEADS = 2  # so that there is more than one turn of heads
-    options = {"num_sms": 3, "interpret": interpret}
-    attention = functools.partial(full.attention, fused=how == "fused", **options)
+    options = {"num_sms": 3, "interpret": interpret, "fused": "fused" in how}
+    attention = functools.partial(full.attention, **options)
     call = call_of(name, case, attention, functools.partial(sm90.moba_attention, **options))
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         got = with_gradients(call, *inputs(name, case)[0])
@@ -69,7 +69,7 @@ def gate(case):
     return int((got[..., :T].swapaxes(2, 3) != right).sum())
 
 name, *how = sys.argv[1:]
-print(json.dumps(gate(GATES[name]) if name in GATES else attend(name, *(how or [None]))))
+print(json.dumps(gate(GATES[name]) if name in GATES else attend(name, how)))
 """
 
 SHORT = [
@@ -79,6 +79,10 @@ SHORT = [
 FUSED = {
     "full, two units, grouped heads": (1, 200, 2, 1, 128, 128, None, None, "bfloat16", None),
     "full, heads and batch rows": (2, 301, 4, 2, 128, 128, None, None, "float16", None),
+}
+SHORT_FUSED = {
+    "a tile and a half, grouped heads": ATTENDS["a tile and a half, grouped heads"],
+    "larger blocks, heads and batch rows": (2, 700, 4, 2, 128, 128, 256, 2, "float16", None),
 }
 QUICK = {"a tile and a half, grouped heads", "full", "packed documents", "full, two units, grouped heads"}
 
@@ -112,6 +116,11 @@ def test_all_pairs_of_a_short_text_are_as_exact_as_plain_attention_in_their_type
 def test_the_fused_gradient_is_as_exact_as_plain_attention_in_its_type(name):
     """The interpreter runs blocks in the order of their units, so it says nothing of their waiting for each other."""
     assert_exact(interpret(name, "fused"))
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.check) for n in SHORT_FUSED])
+def test_the_fused_gradient_of_a_short_text_is_as_exact_as_plain_attention_in_its_type(name):
+    assert_exact(interpret(name, "short", "fused"))
 
 
 def assert_exact(told):

@@ -1229,6 +1229,14 @@ KERNELS_MUTANTS = (
         f"{HOPPER_FUSED}[full, two units, grouped heads]",
     ),
     Mutant(
+        "whoever did not choose a block sends its keys a gradient all the same",
+        "k2jax/kernels/attention/fused_gradient_sm90.py",
+        "step.unit.bit) != 0, lse_Q, jnp.inf)",
+        "step.unit.bit) != 0, lse_Q, lse_Q)",
+        f"{HOPPER}test_the_fused_gradient_of_a_short_text_is_as_exact_as_plain_attention_in_its_type"
+        "[a tile and a half, grouped heads]",
+    ),
+    Mutant(
         "every turn of heads computes the first ones",
         "k2jax/kernels/attention/fused_gradient_sm90.py",
         'lax.axis_index("heads") * lax.axis_size("head")',

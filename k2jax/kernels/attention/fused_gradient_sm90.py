@@ -39,14 +39,15 @@ F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 FEW_REGISTERS, MANY_REGISTERS = 24, 240  # The three warpgroups' sum is at most 512.
 
 
-def fused_gradient(scale, own, k_BSGK, v_BSGV, *, interpret=None):
-    """dq, dk and dv of full causal attention.
+def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
+    """dq, dk and dv of full causal attention, or of its part that queries chose.
 
     Args:
       scale: of the logits.
       own: (q_BTHK, dout_BTHV, lse_BHT, delta_BHT), as for `tiles_sm90.rows_gradient`. The vectors are rounded up to
         whole tiles of 128 rows; lse is +inf behind the last query.
       k_BSGK, v_BSGV: bfloat16 or float16, K = V = 128.
+      choice: which blocks the queries see, as for `tiles_sm90.attend`; None for all.
       interpret: as in `tiles_sm90.attend`.
 
     Returns: dq_BTHK, dk_BSGK and dv_BSGV in the inputs' type. dq is summed in a float32 buffer of its own.
@@ -57,7 +58,7 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, interpret=None):
         raise ValueError(f"{T} queries of {S} keys of sizes {K}, {v_BSGV.shape[-1]}: built is T = S, sizes {SIZE}")
     heads = _heads_at_a_time(B * G)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, scale=scale),
+        functools.partial(_kernel, scale=scale, block_size=choice and choice.block_size),
         out_type=(
             jax.ShapeDtypeStruct((B, H, T, K), jnp.float32),
             *(jax.ShapeDtypeStruct(k_BSGK.shape, dtype) for _ in range(2)),
@@ -74,12 +75,13 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, interpret=None):
             "v_WNV": plgpu.SMEM((CONSUMERS, KEYS, K), dtype, transforms=TRANSFORMS),
             "q_RQK": plgpu.SMEM((Q_SLOTS, ROWS, K), dtype, transforms=TRANSFORMS),
             "lse_RQ": plgpu.SMEM((Q_SLOTS, ROWS), jnp.float32),
+            "word_RQ": plgpu.SMEM((Q_SLOTS, ROWS), jnp.int32),
             "dout_RQV": plgpu.SMEM((SLOTS, ROWS, K), dtype, transforms=TRANSFORMS),
             "delta_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
             "ds_RWNQ": plgpu.SMEM((SLOTS, CONSUMERS, KEYS, ROWS), dtype, transforms=TRANSFORMS),
             "dq_WQE": plgpu.SMEM((CONSUMERS, ROWS, COLUMNS), jnp.float32, transforms=F32_TRANSFORMS),
             "kv_full": plgpu.Barrier(num_arrivals=4),
-            "q_full": plgpu.Barrier(num_arrivals=2, num_barriers=Q_SLOTS),
+            "q_full": plgpu.Barrier(num_arrivals=2 if choice is None else 3, num_barriers=Q_SLOTS),
             "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=Q_SLOTS),
             "dout_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
             "dout_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
@@ -99,7 +101,8 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, interpret=None):
         ),
     )
     q_BTHK, dout_BTHV, lse_BHT, delta_BHT = own
-    dq_BHTK, *keys = kernel(q_BTHK, dout_BTHV, lse_BHT * LOG2E, delta_BHT, k_BSGK, v_BSGV)
+    words = () if choice is None else (choice.word_EBHT,)
+    dq_BHTK, *keys = kernel(k_BSGK, v_BSGV, q_BTHK, lse_BHT * LOG2E, dout_BTHV, delta_BHT, *words)
     return (dq_BHTK * scale).astype(q_BTHK.dtype).swapaxes(1, 2), *keys
 
 
@@ -111,7 +114,7 @@ def _heads_at_a_time(num_heads):
 class _Unit:
     """The keys of this block of the GPU, and which rows read them; scalars in registers."""
 
-    def __init__(self, q_BTHK, k_BSGK):
+    def __init__(self, q_BTHK, k_BSGK, block_size=None):
         (_, T, self.num_heads, _), G = q_BTHK.shape, k_BSGK.shape[2]
         head = lax.axis_index("heads") * lax.axis_size("head") + lax.axis_index("head")
         self.batch, self.key_head = (op(head, jnp.int32(G)) for op in (lax.div, lax.rem))
@@ -122,6 +125,11 @@ class _Unit:
         self.steps = self.tiles - self.number * (UNIT // ROWS)
         self.clear_to = jnp.maximum(self.steps - UNIT // ROWS, 0)
         self.all_steps = self.group * self.steps
+        # All of the unit's keys lie in one block: its bit in which word of a choice.
+        self.word, self.bit = None, None
+        if block_size is not None:
+            block = lax.div(self.start, jnp.int32(block_size))
+            self.word, self.bit = (op(block, jnp.int32(32)) for op in (lax.div, lax.rem))
 
     def keys_of(self, array, wg):
         return array.at[self.batch, pl.ds(self.start + wg * KEYS, KEYS), self.key_head]
@@ -130,8 +138,13 @@ class _Unit:
         return self.tiles - 1 - step
 
     def rows_of(self, array, r, step):
+        """Of q or dout, or of a vector."""
         rows, head = pl.ds(self.tile_of(step) * ROWS, ROWS), self.key_head * self.group + r
         return array.at[self.batch, rows, head] if len(array.shape) == 4 else array.at[self.batch, head, rows]
+
+    def words_of(self, word_EBHT, r, step):
+        rows, head = pl.ds(self.tile_of(step) * ROWS, ROWS), self.key_head * self.group + r
+        return word_EBHT.at[self.word, self.batch, head, rows]
 
     def columns_of(self, dq_BHTK, r, step, wg):
         rows, head = pl.ds(self.tile_of(step) * ROWS, ROWS), self.key_head * self.group + r
@@ -170,6 +183,7 @@ class _Shared(NamedTuple):
     v_WNV: object
     q_RQK: object
     lse_RQ: object
+    word_RQ: object
     dout_RQV: object
     delta_RQ: object
     ds_RWNQ: object
@@ -187,8 +201,9 @@ class _Shared(NamedTuple):
     turn_taken: object
 
 
-def _kernel(q_BTHK, dout_BTHV, lse_BHT, delta_BHT, k_BSGK, v_BSGV, dq_BHTK, dk_BSGK, dv_BSGV, *, scale, **shared):
-    unit, wg, mem = _Unit(q_BTHK, k_BSGK), lax.axis_index("wg"), _Shared(**shared)
+def _kernel(k_BSGK, v_BSGV, q_BTHK, *refs, scale, block_size, **shared):
+    *rows, dq_BHTK, dk_BSGK, dv_BSGV = refs
+    unit, wg, mem = _Unit(q_BTHK, k_BSGK, block_size), lax.axis_index("wg"), _Shared(**shared)
     # How many warps have added to a tile of rows: zero before every call.
     turns = pl.get_global(plgpu.SemaphoreType.REGULAR((q_BTHK.shape[0] * unit.num_heads * unit.tiles,)))
 
@@ -197,9 +212,9 @@ def _kernel(q_BTHK, dout_BTHV, lse_BHT, delta_BHT, k_BSGK, v_BSGV, dq_BHTK, dk_B
         plgpu.set_max_registers(FEW_REGISTERS, action="decrease")
 
         def warps():
-            warp, rows = lax.axis_index("warp"), (q_BTHK, lse_BHT, dout_BTHV, delta_BHT)
+            warp = lax.axis_index("warp")
             pl.when(warp < CONSUMERS)(lambda: _add_in_turn(unit, warp, dq_BHTK, mem, turns))
-            pl.when(warp == CONSUMERS)(lambda: _stream(unit, rows, (k_BSGK, v_BSGV), mem))
+            pl.when(warp == CONSUMERS)(lambda: _stream(unit, (k_BSGK, v_BSGV), (q_BTHK, *rows), mem))
             pl.when(warp == CONSUMERS + 1)(lambda: _watch_turns(unit, mem, turns))
 
         pl.kernel(warps, mesh=plgpu.WarpMesh(axis_name="warp"))()
@@ -224,12 +239,12 @@ def _kernel(q_BTHK, dout_BTHV, lse_BHT, delta_BHT, k_BSGK, v_BSGV, dq_BHTK, dk_B
 # --- the copying warps --------------------------------------------------------------------------------------------
 
 
-def _stream(unit, rows, keys, mem):
+def _stream(unit, keys, rows, mem):
     """Copies the unit's keys and values, then the rows of all steps."""
     for array, part_WNE in zip(keys, (mem.k_WNK, mem.v_WNV), strict=True):
         for w in range(CONSUMERS):
             plgpu.copy_gmem_to_smem(unit.keys_of(array, w), part_WNE.at[w], mem.kv_full)
-    q_BTHK, lse_BHT, dout_BTHV, delta_BHT = rows
+    q_BTHK, lse_BHT, dout_BTHV, delta_BHT, *words = rows
     rings = (
         (Q_SLOTS, ((q_BTHK, mem.q_RQK), (lse_BHT, mem.lse_RQ)), mem.q_full, mem.q_empty),
         (SLOTS, ((dout_BTHV, mem.dout_RQV), (delta_BHT, mem.delta_RQ)), mem.dout_full, mem.dout_empty),
@@ -241,6 +256,8 @@ def _stream(unit, rows, keys, mem):
             slot = slot_of(number, slots)
             for array, ring in pairs:
                 plgpu.copy_gmem_to_smem(unit.rows_of(array, r, i), ring.at[slot], full.at[slot])
+            for word_EBHT in words if full is mem.q_full else ():
+                plgpu.copy_gmem_to_smem(unit.words_of(word_EBHT, r, i), mem.word_RQ.at[slot], full.at[slot])
 
     unit.walk(one)
 
@@ -327,7 +344,11 @@ def _queue_logits(step, s_NQ):
 
 
 def _probabilities(step, s_NQ, i, masked):
-    lse_Q = plgpu.load(step.mem.lse_RQ.at[slot_of(step.number, Q_SLOTS)], layout=COLUMN)
+    slot = slot_of(step.number, Q_SLOTS)
+    lse_Q = plgpu.load(step.mem.lse_RQ.at[slot], layout=COLUMN)
+    if step.unit.bit is not None:
+        word_Q = plgpu.load(step.mem.word_RQ.at[slot], layout=COLUMN)
+        lse_Q = jnp.where(word_Q & lax.shift_left(jnp.int32(1), step.unit.bit) != 0, lse_Q, jnp.inf)
     p_NQ = jnp.exp2(s_NQ * (step.scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
     if not masked:
         return p_NQ

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from k2jax.kernels.attention.fused_gradient_sm90 import SIZE, fused_gradient
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.reference import query_positions
@@ -58,9 +59,12 @@ def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale) -> st
 
 
 def moba_attention(
-    q_BTHK, k_BSGK, v_BSGV, *, block_size, top_k, scale, segment_ids=None, q_offset=0, num_sms=None, interpret=None
-):
+    q_BTHK, k_BSGK, v_BSGV, *, block_size, top_k, scale, segment_ids=None, q_offset=0, fused=False, num_sms=None,
+    interpret=None,
+):  # fmt: skip
     """MoBA by Hopper kernels; arguments as in `k2jax.moba_pallas.moba_attention`.
+
+    fused: the backward of a short text, with heads of 128, by `fused_gradient`: all pairs of its tokens, too.
 
     Raises ValueError where the kernels cannot do it (`refusal`).
     """
@@ -75,7 +79,7 @@ def moba_attention(
     is_packed = segment_ids is not None or block_size % TILE > 0 or needs_positions(T, S, q_offset)
     table_blocks = num_blocks if is_packed else -(-S // block_size)
     J = min(top_k - 1, num_blocks)
-    settings = Settings(float(scale), block_size, H // G, T, table_blocks, J, num_sms, interpret)
+    settings = Settings(float(scale), block_size, H // G, T, table_blocks, J, fused, num_sms, interpret)
     where = layout(segment_ids, S, block_size)
     history, *candidates = history_blocks(where, segment_ids, S, block_size)
     packed = _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset) if is_packed else None
@@ -128,6 +132,7 @@ class Settings(NamedTuple):
     num_tokens: int  # before T was rounded up
     table_blocks: int  # of each key head in the kernels' tables
     J: int
+    fused: bool
     num_sms: int | None
     interpret: Any
 
@@ -147,8 +152,8 @@ def _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed):
     per_query = functools.partial(_per_query, T=T)
     far = [_far(settings, x, packed) for x in (k_BSGK, v_BSGV)]
     winner_BHJT = _choose(settings, q_BTHK, far[0], packed)
-    short = packed is None and is_short(T, settings.block_size, settings.J)
-    if short:
+    dense = _is_dense(settings, T, packed)
+    if dense:
         own_block, own_options = padded(T), own_options | {"choice": _choice(settings, winner_BHJT)}
     out_BTHV, lse_BHT, max_BHT = attend(scale, own_block, q_BTHK, k_BSGK, v_BSGV, **own_options)
     max_BH = jnp.max(max_BHT[..., : settings.num_tokens], axis=-1)
@@ -162,7 +167,7 @@ def _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed):
         max_BH = jnp.maximum(max_BH, largest(max_P, groups.row_P, winner_BHJT.shape, settings.R, TILE))
         return out_BTHV, lse_BHT, max_BH
 
-    if settings.J and not short:
+    if settings.J and not dense:
         own = (out_BTHV, lse_BHT, max_BH)
         few = _few_heads(settings, q_BTHK, k_BSGK)
         out_BTHV, lse_BHT, max_BH = by_heads(join_chosen, *few, winner_BHJT, own, (2, 1, 1))
@@ -176,6 +181,9 @@ def _backward(settings, saved, cotangents):
     scale, T = settings.scale, q_BTHK.shape[1]
     own_block, far_block, own_options, far_options = _call(settings, packed, k_BSGK.shape[1])
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
+    if settings.fused and _is_dense(settings, T, packed) and (q_BTHK.shape[-1], v_BSGV.shape[-1]) == (SIZE, SIZE):
+        choice = _choice(settings, winner_BHJT)
+        return *fused_gradient(scale, own, k_BSGK, v_BSGV, choice=choice, interpret=settings.interpret), None
     _, dout_BTHV, lse_BHT, delta_BHT = own
     dq_BTHK = rows_gradient(scale, own_block, *own, k_BSGK, v_BSGV, **own_options)
     far = [_far(settings, x, packed) for x in (k_BSGK, v_BSGV)]
@@ -229,6 +237,10 @@ def is_short(T, block_size, J) -> bool:
     """Whether to attend to all pairs of T tokens costs less than to J earlier blocks and the own one, forward."""
     few = 2 * ((J + 1) * block_size + J * KEYS_OF_A_CHOICE)
     return J > 0 and few >= T and -(-T // block_size) <= MAX_SHORT_BLOCKS
+
+
+def _is_dense(settings, T, packed):
+    return packed is None and is_short(T, settings.block_size, settings.J)
 
 
 def _choice(settings, winner_BHJT) -> Choice:
