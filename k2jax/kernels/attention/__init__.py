@@ -54,7 +54,7 @@ def attention(
       implementation: 'reference' (keeps T x S logits), 'xla' (chunks of queries, recomputed in the backward),
         'sm90' (Hopper GPUs), 'sm90-fused' (the same with a gradient that computes every pair once, for heads of 128 and
         one document), 'tpu' (TPUs), or None, which chooses by size and device and logs the choice once. No device has
-        run 'sm90-fused' and 'tpu', so None does not choose them.
+        compared 'sm90-fused' as it is now and none has run 'tpu', so None does not choose them.
 
     Returns:
       out_BTHV in v's dtype, or `(out_BTHV, max_logit_BH)`: float32, signed, after `scale`, over unmasked
