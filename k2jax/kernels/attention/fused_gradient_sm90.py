@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from k2jax.kernels.attention.keys_gradient_sm90 import COLUMN, KEYS, ROWS, UNIT, keys_seen
+from k2jax.kernels.attention.keys_gradient_sm90 import COLUMN, KEYS, ROWS, UNIT, hidden_warpgroup, keys_seen
 from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, slot_of, wait_free
 
 SIZE = 128
@@ -320,10 +320,7 @@ def _all_steps(unit, mem, scale, dk_NK, dv_NV):
     """The unit's gradients: what every step adds to dk before scale, and to dv."""
 
     def at(number):
-        # Out of the compiler's sight, or it computes every address of the keys before the loop and runs out of
-        # registers (`python -m benchmarks.hopper_code`).
-        wg = lax.optimization_barrier(lax.axis_index("wg"))
-        return _Step(unit, mem, scale, number, wg)
+        return _Step(unit, mem, scale, number, hidden_warpgroup())
 
     def body(i, number, p_NQ, masked):
         step = at(number - 1)

@@ -213,6 +213,15 @@ def _seen_by(unit, start_RQ, shape, step, slot, wg):
     return seen_NQ & (key_NQ >= lax.broadcast_in_dim(start_Q, shape, [1]))
 
 
+def hidden_warpgroup():
+    """The number of this warpgroup, of which the compiler does not know that it never changes.
+
+    Otherwise it computes all addresses of the warpgroup's keys before the loop that needs them, and runs out of
+    registers (`python -m benchmarks.hopper_code`).
+    """
+    return lax.optimization_barrier(lax.axis_index("wg"))
+
+
 def keys_seen(shape, wg, position):
     """The keys of a warpgroup, and whether rows from `position` on have come to them; from the unit's first key on."""
     key_NQ = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + wg * KEYS
@@ -244,17 +253,18 @@ def _stream(unit, own, chosen, rings, full, empty):
 
 
 def _add_rows(i, so_far, seen_by=None, *, scale, keys, sums, rings, full, empty):
-    """Adds what 64 rows send back. seen_by: (shape, step, slot) -> which keys they see; None where they see all."""
+    """Adds what 64 rows send back.
+
+    seen_by: (shape, step, slot, warpgroup) -> which of its keys they see; None where they see all.
+    """
     dk_NK, dv_NV = sums
     slot = slot_of(so_far + i, SLOTS)
-    wg = lax.optimization_barrier(lax.axis_index("wg"))
-    if seen_by is not None:
-        seen_by = functools.partial(seen_by, wg=wg)
+    wg = hidden_warpgroup()
     keys = tuple(x_WNE.at[wg] for x_WNE in keys)
     plgpu.barrier_wait(full.at[slot])
     rows = q_QK, *_ = [ring.at[slot] for ring in rings[:4]]
-    seen = None if seen_by is None else lambda shape: seen_by(shape, i, slot)
-    ds_NQ = add_to_values(keys, rows, dv_NV, scale, seen, tight=dk_NK.shape[1] + dv_NV.shape[1] > 256)
+    seen = None if seen_by is None else lambda shape: seen_by(shape, i, slot, wg)
+    ds_NQ = _add_to_values(keys, rows, dv_NV, scale, seen, tight=dk_NK.shape[1] + dv_NV.shape[1] > 256)
     plgpu.wgmma(dk_NK, ds_NQ, q_QK)
     # The vectors were read by ordinary loads, which this orders before the copy that overwrites them.
     plgpu.commit_smem()
@@ -262,7 +272,7 @@ def _add_rows(i, so_far, seen_by=None, *, scale, keys, sums, rings, full, empty)
     plgpu.barrier_arrive(empty.at[slot])
 
 
-def add_to_values(keys, rows, dv_NV, scale, seen=None, *, tight):
+def _add_to_values(keys, rows, dv_NV, scale, seen=None, *, tight):
     """Adds to dv what rows send back to a warpgroup's values. The sum need not be there yet: `plgpu.wgmma_wait`.
 
     keys: (k_NK, v_NV), rows: (q_QK, dout_QV, lse_Q, delta_Q), in shared memory. seen: shape -> which keys the rows see;
