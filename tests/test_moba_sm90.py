@@ -78,6 +78,7 @@ SHORT = [
 ]  # fmt: skip
 FUSED = {
     "full, two units, grouped heads": (1, 200, 2, 1, 128, 128, None, None, "bfloat16", None),
+    "full, a unit of one step": (1, 150, 1, 1, 128, 128, None, None, "bfloat16", None),
     "full, heads and batch rows": (2, 301, 4, 2, 128, 128, None, None, "float16", None),
 }
 SHORT_FUSED = {

@@ -225,8 +225,8 @@ def _kernel(k_BSGK, v_BSGV, q_BTHK, *refs, scale, block_size, **shared):
         plgpu.barrier_wait(mem.kv_full)
         acc = plgpu.ACC((KEYS, SIZE), jnp.float32)
         dk_NK, dv_NV = pl.run_scoped(functools.partial(_all_steps, unit, mem, scale), acc, acc)
-        for number in (unit.all_steps, unit.all_steps - 1):  # The other warpgroup multiplied with these keys too.
-            plgpu.barrier_wait(mem.ds_empty.at[slot_of(number)])
+        # The other warpgroup multiplied with these keys too.
+        plgpu.barrier_wait(mem.ds_empty.at[slot_of(unit.all_steps - 1)])
         k_NK, v_NV = mem.k_WNK.at[wg], mem.v_WNV.at[wg]
         k_NK[...] = (dk_NK * scale).astype(k_BSGK.dtype)
         v_NV[...] = dv_NV.astype(v_BSGV.dtype)
