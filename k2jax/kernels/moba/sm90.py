@@ -5,7 +5,7 @@
 3. `attention.tiles_sm90` computes the tiles, and the queries against their own blocks as they lie.
 4. The partial results of a query are gathered back and joined by their log-sum-exp, in the order of its choices.
 Where a text is so short that 2 to 4 take longer than all pairs of its tokens (`is_short`), its forward pass computes
-all of them instead, and every query skips what it did not choose.
+all of them instead, and every query skips what it did not choose; with `fused` so does its backward.
 The backward recomputes probabilities from the joined log-sum-exp: `attention.keys_gradient_sm90` sums what every query
 that read a block sends back, `attention.tiles_sm90` computes each pair's part of dq, gathered back like the output.
 Nothing is ever added in an order that could change between runs.
