@@ -36,13 +36,13 @@ ROUND_SECONDS = 0.03  # of calls in a row, at least one
 
 def compiled_cases(names) -> dict:
     """{name: {(what, who): the program, to come}}: all at once, since compiling takes longer than running."""
-    pool, programs = ThreadPoolExecutor(), {}
+    pool, programs, peers = ThreadPoolExecutor(), {}, moba.dense_peers()
     for name in names:
         arrays = jax.eval_shape(functools.partial(moba.inputs, *CASES[name]))
         programs[name] = {
             (what, who): pool.submit(moba.compiled, attention, arrays, backward)
             for what, backward in WHATS.items()
-            for who, attention in moba.dense_peers().items()
+            for who, attention in peers.items()
         }
     pool.shutdown()
     return programs

@@ -137,22 +137,22 @@ class _Unit:
     def tile_of(self, step):
         return self.tiles - 1 - step
 
+    def head_of(self, r):
+        return self.key_head * self.group + r
+
+    def rows_at(self, step):
+        return pl.ds(self.tile_of(step) * ROWS, ROWS)
+
     def rows_of(self, array, r, step):
         """Of q or dout, or of a vector."""
-        rows, head = pl.ds(self.tile_of(step) * ROWS, ROWS), self.key_head * self.group + r
+        rows, head = self.rows_at(step), self.head_of(r)
         return array.at[self.batch, rows, head] if len(array.shape) == 4 else array.at[self.batch, head, rows]
 
-    def words_of(self, word_EBHT, r, step):
-        rows, head = pl.ds(self.tile_of(step) * ROWS, ROWS), self.key_head * self.group + r
-        return word_EBHT.at[self.word, self.batch, head, rows]
-
     def columns_of(self, dq_BHTK, r, step, wg):
-        rows, head = pl.ds(self.tile_of(step) * ROWS, ROWS), self.key_head * self.group + r
-        return dq_BHTK.at[self.batch, head, rows, pl.ds(wg * COLUMNS, COLUMNS)]
+        return dq_BHTK.at[self.batch, self.head_of(r), self.rows_at(step), pl.ds(wg * COLUMNS, COLUMNS)]
 
     def turn_of(self, turns, r, step):
-        head = self.batch * self.num_heads + self.key_head * self.group + r
-        return turns.at[head * self.tiles + self.tile_of(step)]
+        return turns.at[(self.batch * self.num_heads + self.head_of(r)) * self.tiles + self.tile_of(step)]
 
     def walk(self, body):
         """body(query head of the key head, step, steps before it) for all steps."""
@@ -245,8 +245,9 @@ def _stream(unit, keys, rows, mem):
         for w in range(CONSUMERS):
             plgpu.copy_gmem_to_smem(unit.keys_of(array, w), part_WNE.at[w], mem.kv_full)
     q_BTHK, lse_BHT, dout_BTHV, delta_BHT, *words = rows
+    words = [(word_EBHT.at[unit.word], mem.word_RQ) for word_EBHT in words]
     rings = (
-        (Q_SLOTS, ((q_BTHK, mem.q_RQK), (lse_BHT, mem.lse_RQ)), mem.q_full, mem.q_empty),
+        (Q_SLOTS, ((q_BTHK, mem.q_RQK), (lse_BHT, mem.lse_RQ), *words), mem.q_full, mem.q_empty),
         (SLOTS, ((dout_BTHV, mem.dout_RQV), (delta_BHT, mem.delta_RQ)), mem.dout_full, mem.dout_empty),
     )
 
@@ -256,8 +257,6 @@ def _stream(unit, keys, rows, mem):
             slot = slot_of(number, slots)
             for array, ring in pairs:
                 plgpu.copy_gmem_to_smem(unit.rows_of(array, r, i), ring.at[slot], full.at[slot])
-            for word_EBHT in words if full is mem.q_full else ():
-                plgpu.copy_gmem_to_smem(unit.words_of(word_EBHT, r, i), mem.word_RQ.at[slot], full.at[slot])
 
     unit.walk(one)
 

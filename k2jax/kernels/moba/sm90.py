@@ -240,6 +240,7 @@ def is_short(T, block_size, J) -> bool:
 
 
 def _is_dense(settings, T, packed):
+    """Whether this call attends to all pairs."""
     return packed is None and is_short(T, settings.block_size, settings.J)
 
 
