@@ -2,14 +2,15 @@
 
     python -m benchmarks.dense_attention [--only NAME ...] [--seconds 300] [--write]
 
-Forward, and forward with backward, bf16, with both of our gradients. The implementations take turns, round after round,
-because a GPU that gets warm gets slower: what is compared ran within the same second. Times are medians over ROUNDS;
-what cannot run a case is said. Prints a table; --write keeps it in benchmarks/results/dense_attention.json. Whether the
-kernels are right, tests/test_gpu.py asks.
+Forward, and forward with backward, bf16. The implementations take turns, in another order each round, because a GPU
+that gets warm gets slower: what is compared ran within the same second, after any of the others. Times are medians over
+ROUNDS; what cannot run a case is said. Prints a table; --write keeps it in benchmarks/results/dense_attention.json.
+Whether the kernels are right, tests/test_gpu.py asks.
 """
 
 import argparse
 import functools
+import random
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -63,8 +64,9 @@ def time_case(name, programs) -> dict[str, dict[str, float]]:
             continue
         calls = max(1, int(ROUND_SECONDS / (time.perf_counter() - start)))
         runs[what, who], times[what, who] = (run, given, calls), []
-    for _ in range(ROUNDS):
-        for key, (run, given, calls) in runs.items():
+    for number in range(ROUNDS):
+        for key in random.Random(number).sample(list(runs), len(runs)):
+            run, given, calls = runs[key]
             start = time.perf_counter()
             for _ in range(calls):
                 out = run(*given)

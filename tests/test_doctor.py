@@ -310,7 +310,7 @@ def test_the_whole_round_as_a_process(tmp_path, devices):
     assert told["steps"]["devices"] == min(devices, 4)
     assert len(told["collectives"]) == (4 if devices > 1 else 0)
     assert abs(told["steps"]["memory_predicted"] / told["steps"]["memory_compiled"] - 1) < 0.5
-    needs = {"sm90": "needs a Hopper GPU", "sm90-fused": "needs a Hopper GPU", "tpu": "needs a TPU"}
+    needs = {"sm90": "needs a Hopper GPU", "tpu": "needs a TPU"}
     kernels = [op for op in told["ops"] if op["implementation"] in needs]
     assert {op["state"] for op in kernels} == {"absent"}
     assert all(needs[op["implementation"]] in op["message"] for op in kernels)

@@ -42,11 +42,12 @@ gpu_interpreter.patch()
 interpret = plgpu.InterpretGPUParams(detect_races=True)
 
 def attend(name, how):
-    case, short = (FUSED | SHORT_FUSED | ATTENDS)[name], "short" in how
+    case = (FUSED | SHORT_FUSED | ATTENDS)[name]
+    short = {"forward": sm90.FORWARD_KEYS_OF_A_CHOICE, "backward": sm90.BACKWARD_KEYS_OF_A_CHOICE}
     sm90.PAIRS = case[9] or sm90.PAIRS
-    sm90.is_short = lambda *_: short
+    sm90.is_short = lambda T, block_size, J, keys: keys in [short[x] for x in how]
     fused_gradient_sm90.HEADS = 2  # so that there is more than one turn of heads
-    options = {"num_sms": 3, "interpret": interpret, "fused": "fused" in how}
+    options = {"num_sms": 3, "interpret": interpret}
     attention = functools.partial(full.attention, **options)
     call = call_of(name, case, attention, functools.partial(sm90.moba_attention, **options))
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
@@ -110,18 +111,18 @@ def test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type(name)
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.check) for n in SHORT])
 def test_all_pairs_of_a_short_text_are_as_exact_as_plain_attention_in_their_type(name):
-    assert_exact(interpret(name, "short"))
+    assert_exact(interpret(name, "forward"))
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.check) for n in FUSED])
 def test_the_fused_gradient_is_as_exact_as_plain_attention_in_its_type(name):
     """The interpreter runs blocks in the order of their units, so it says nothing of their waiting for each other."""
-    assert_exact(interpret(name, "fused"))
+    assert_exact(interpret(name))
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.check) for n in SHORT_FUSED])
 def test_the_fused_gradient_of_a_short_text_is_as_exact_as_plain_attention_in_its_type(name):
-    assert_exact(interpret(name, "short", "fused"))
+    assert_exact(interpret(name, "forward", "backward"))
 
 
 def assert_exact(told):
@@ -192,8 +193,6 @@ def test_kernels_lower_for_a_gpu_without_one(sizes, dtype, T):
     q, k, v = (jax.ShapeDtypeStruct((2, T, h, n), dtype) for h, n in ((4, sizes[0]), (2, sizes[0]), (2, sizes[1])))
     options = {"scale": 0.1, "num_sms": H100_SMS}
     assert "mosaic_gpu" in lowered(functools.partial(full_sm90.attention, **options), q, k, v)
-    if sizes == (128, 128):
-        assert "mosaic_gpu" in lowered(functools.partial(full_sm90.attention, fused=True, **options), q, k, v)
     moba = functools.partial(sm90.moba_attention, top_k=4, **options)
     assert "mosaic_gpu" in lowered(functools.partial(moba, block_size=256), q, k, v)
     if dtype == "bfloat16":
@@ -262,27 +261,50 @@ def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch):
     assert attention_room.choose((1, 2048, 2, 128), (1, 2048, 2, 128), None)[0] == "sm90"
 
 
-def test_the_fused_gradient_says_why_it_cannot(monkeypatch):
+FULL = functools.partial(attention, scale=1.0, implementation="sm90")
+CHOOSING = functools.partial(moba_attention, block_size=128, top_k=8, implementation="sm90")
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "arguments", "fused"),
+    [
+        (FULL, {}, {}, True),
+        (FULL, {"K": 192}, {}, False),
+        (FULL, {}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, False),
+        (FULL, {"T": 1024}, {"q_offset": 3}, False),
+        (CHOOSING, {}, {}, True),
+        (CHOOSING, {"T": 8192, "S": 8192}, {}, False),
+        (CHOOSING, {"K": 64, "V": 64}, {}, False),
+        (CHOOSING, {}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, False),
+    ],
+)
+def test_the_gradient_computes_every_pair_once_where_that_is_faster(monkeypatch, run, changes, arguments, fused):
     on_hopper(monkeypatch)
-    run = functools.partial(attention, scale=1.0, implementation="sm90-fused")
-    for changes, arguments, message in (
-        ({"K": 192}, {}, r"heads of sizes \(192, 128\): the fused gradient is built for"),
-        ({}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, "built for one document"),
-        ({"T": 1024}, {"q_offset": 3}, "built for one document"),
-        ({"dtype": jnp.float32}, {}, "q, k and v are float32"),
-    ):
-        with pytest.raises(ValueError, match=f"implementation='sm90-fused' cannot run: .*{message}"):
-            jax.eval_shape(functools.partial(run, **arguments), *call(**changes))
-    monkeypatch.setattr(attention_room, "num_cuts", lambda q: 2)
-    with pytest.raises(ValueError, match="it takes whole sequences, and a mesh cuts these"):
-        jax.eval_shape(run, *call())
+    called = []
+    for room in (full_sm90, sm90):
+        for name in ("fused_gradient", "rows_gradient"):
+            monkeypatch.setattr(room, name, told(called, name, getattr(room, name)))
+    gradient = jax.grad(lambda *qkv: run(*qkv, **arguments).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    jax.eval_shape(gradient, *call(**changes))
+    assert set(called) == {"fused_gradient" if fused else "rows_gradient"}
+
+
+def told(called, name, function):
+    def tell(*arguments, **options):
+        called.append(name)
+        return function(*arguments, **options)
+
+    return tell
 
 
 def test_short_texts_are_attended_to_as_a_whole():
-    assert sm90.is_short(8192, 128, 7)
-    assert not sm90.is_short(16384, 128, 7)
-    assert not sm90.is_short(128, 128, 0)
-    assert not sm90.is_short(129 * 128, 128, 40)  # more blocks than there are bits
+    forward, backward = sm90.FORWARD_KEYS_OF_A_CHOICE, sm90.BACKWARD_KEYS_OF_A_CHOICE
+    assert sm90.is_short(8192, 128, 7, forward)
+    assert not sm90.is_short(16384, 128, 7, forward)
+    assert sm90.is_short(4096, 128, 7, backward)
+    assert not sm90.is_short(8192, 128, 7, backward)
+    assert not sm90.is_short(128, 128, 0, forward)
+    assert not sm90.is_short(129 * 128, 128, 40, forward)  # more blocks than there are bits
 
 
 def test_without_a_hopper_gpu_the_name_is_refused_with_the_reason():

@@ -1222,10 +1222,10 @@ KERNELS_MUTANTS = (
         f"{HOPPER_FUSED}[full, two units, grouped heads]",
     ),
     Mutant(
-        "the next step's probabilities are weighed as this step's rows",
+        "what keys are told of a step is multiplied with another step's queries",
         "k2jax/kernels/attention/fused_gradient_sm90.py",
-        "return _probabilities(following,",
-        "return _probabilities(step,",
+        "step.wg], mem.q_RQK.at[slot])",
+        "step.wg], mem.q_RQK.at[1 - slot])",
         f"{HOPPER_FUSED}[full, two units, grouped heads]",
     ),
     Mutant(

@@ -25,7 +25,6 @@ IMPLEMENTATIONS = {
     "reference": reference.attention,
     "xla": xla.attention,
     "sm90": sm90.attention,
-    "sm90-fused": functools.partial(sm90.attention, fused=True),
     "tpu": tpu.attention,
 }
 
@@ -52,9 +51,8 @@ def attention(
       q_offset: an int, or int32 [B] (may be traced); `q_offset + T <= S` must hold.
       max_logits: also return each head's largest logit, which QK-Clip needs.
       implementation: 'reference' (keeps T x S logits), 'xla' (chunks of queries, recomputed in the backward),
-        'sm90' (Hopper GPUs), 'sm90-fused' (the same with a gradient that computes every pair once, for heads of 128 and
-        one document), 'tpu' (TPUs), or None, which chooses by size and device and logs the choice once. No device has
-        compared 'sm90-fused' as it is now and none has run 'tpu', so None does not choose them.
+        'sm90' (Hopper GPUs), 'tpu' (TPUs), or None, which chooses by size and device and logs the choice once. No TPU
+        has run 'tpu', so None does not choose it.
 
     Returns:
       out_BTHV in v's dtype, or `(out_BTHV, max_logit_BH)`: float32, signed, after `scale`, over unmasked
@@ -77,11 +75,6 @@ def attention(
     reason = None
     if implementation == "sm90":
         reason = cannot_run_sm90(q_BTHK, v_BSGV, scale)
-    elif implementation == "sm90-fused":
-        shapes = (q_BTHK.shape, k_BSGK.shape, v_BSGV.shape, q_BTHK.dtype)
-        cut = "it takes whole sequences, and a mesh cuts these" if num_cuts(q_BTHK) > 1 else None
-        options = {"scale": scale, "segment_ids": segment_ids, "q_offset": q_offset}
-        reason = not_hopper() or cut or sm90.fused_refusal(*shapes, **options)
     elif implementation == "tpu":
         reason = cannot_run_tpu(q_BTHK, k_BSGK, v_BSGV)
     if reason:

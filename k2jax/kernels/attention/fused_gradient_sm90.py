@@ -3,9 +3,10 @@
 A block of the GPU takes 128 keys and values of one key head, half of them for each of two warpgroups, and keeps their
 gradients in registers while rows of every query head stream past them, 64 at a time, the last rows first. Logits and
 probabilities are computed once for all three gradients, as in FlashAttention-3 (arXiv 2407.08608): both warpgroups put
-ds into shared memory, and each multiplies all of it with half of the columns of the keys. Two things keep the tensor
-cores busy. The next step's logits are queued with a step's products, so that its exponentials run beside those. And ds
-is multiplied with the keys one step late, so that the warpgroups need not meet.
+ds into shared memory, and each multiplies all of it with half of the columns of the keys. That happens one step late,
+so that the warpgroups need not meet. Products are queued so that one is under way beside all else that a warpgroup
+does: that of values and dout beside the exponentials, what is added to dv beside ds, and what is added to dk beside
+handing dq over.
 
 The third warpgroup's warps copy. One brings rows; two add the products to dq in global memory, by copies that add, and
 in the order of the units, so that the order of every sum is fixed; the fourth watches whose turn it is. A block waits
@@ -31,7 +32,6 @@ from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANS
 SIZE = 128
 COLUMNS = SIZE // CONSUMERS
 SLOTS = 2
-Q_SLOTS = 3  # The next step's logits are computed before a step is done with its queries.
 # Key heads at a time: with more of them a head's rows do not stay in the cache from unit to unit, with fewer of them
 # its units wait for each other.
 HEADS = 16
@@ -54,7 +54,7 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
     """
     (B, S, G, K), dtype = k_BSGK.shape, k_BSGK.dtype
     T, H = own[0].shape[1:3]
-    if (T, K, v_BSGV.shape[-1]) != (S, SIZE, SIZE):
+    if T != S or not has_fused_gradient(own[0], v_BSGV):
         raise ValueError(f"{T} queries of {S} keys of sizes {K}, {v_BSGV.shape[-1]}: built is T = S, sizes {SIZE}")
     heads = _heads_at_a_time(B * G)
     kernel = plgpu.kernel(
@@ -73,22 +73,20 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
         scratch_types={
             "k_WNK": plgpu.SMEM((CONSUMERS, KEYS, K), dtype, transforms=TRANSFORMS),
             "v_WNV": plgpu.SMEM((CONSUMERS, KEYS, K), dtype, transforms=TRANSFORMS),
-            "q_RQK": plgpu.SMEM((Q_SLOTS, ROWS, K), dtype, transforms=TRANSFORMS),
-            "lse_RQ": plgpu.SMEM((Q_SLOTS, ROWS), jnp.float32),
-            "word_RQ": plgpu.SMEM((Q_SLOTS, ROWS), jnp.int32),
+            "q_RQK": plgpu.SMEM((SLOTS, ROWS, K), dtype, transforms=TRANSFORMS),
             "dout_RQV": plgpu.SMEM((SLOTS, ROWS, K), dtype, transforms=TRANSFORMS),
-            "delta_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
             "ds_RWNQ": plgpu.SMEM((SLOTS, CONSUMERS, KEYS, ROWS), dtype, transforms=TRANSFORMS),
-            "dq_WQE": plgpu.SMEM((CONSUMERS, ROWS, COLUMNS), jnp.float32, transforms=F32_TRANSFORMS),
+            "dq_RWQE": plgpu.SMEM((SLOTS, CONSUMERS, ROWS, COLUMNS), jnp.float32, transforms=F32_TRANSFORMS),
+            "lse_delta_2RQ": plgpu.SMEM((2, SLOTS, ROWS), jnp.float32),  # Each array begins at a multiple of 1 KiB.
+            "word_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.int32),
             "kv_full": plgpu.Barrier(num_arrivals=4),
-            "q_full": plgpu.Barrier(num_arrivals=2 if choice is None else 3, num_barriers=Q_SLOTS),
-            "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=Q_SLOTS),
+            "q_full": plgpu.Barrier(num_arrivals=2 if choice is None else 3, num_barriers=SLOTS),
             "dout_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
-            "dout_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+            "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
             "ds_full": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
             "ds_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
-            "dq_full": plgpu.Barrier(num_barriers=CONSUMERS),
-            "dq_empty": plgpu.Barrier(num_barriers=CONSUMERS),
+            "dq_full": plgpu.Barrier(num_barriers=CONSUMERS * SLOTS),
+            "dq_empty": plgpu.Barrier(num_barriers=CONSUMERS * SLOTS),
             "turn_come": plgpu.Barrier(num_barriers=SLOTS),
             "turn_taken": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
         },
@@ -104,6 +102,11 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
     words = () if choice is None else (choice.word_EBHT,)
     dq_BHTK, *keys = kernel(k_BSGK, v_BSGV, q_BTHK, lse_BHT * LOG2E, dout_BTHV, delta_BHT, *words)
     return (dq_BHTK * scale).astype(q_BTHK.dtype).swapaxes(1, 2), *keys
+
+
+def has_fused_gradient(q_BTHK, v_BSGV) -> bool:
+    """Whether heads have the sizes that `fused_gradient` is built for."""
+    return (q_BTHK.shape[-1], v_BSGV.shape[-1]) == (SIZE, SIZE)
 
 
 def _heads_at_a_time(num_heads):
@@ -161,19 +164,17 @@ class _Unit:
         def _head(r):
             pl.loop(0, self.steps)(lambda i: body(r, i, r * self.steps + i))
 
-    def walk_behind_first(self, body, carry):
-        """carry = body(step, steps before it, carry, whether some of its rows miss keys), from the second step on."""
+    def walk_rows(self, body):
+        """body(step, steps before it, whether some of its rows miss keys) for all steps."""
 
-        def head(r, carry):
-            def one(i, carry, masked):
-                return body(i, r * self.steps + i, carry, masked)
+        # A 0 of which the compiler does not know that it is one. Otherwise it clears registers in every clear step,
+        # where a product could begin without them, and waits for all products first (jax 0.11.2, CUDA 13.0).
+        first = lax.optimization_barrier(jnp.int32(0))
 
-            first = jnp.where(r == 0, 1, 0)
-            carry = lax.fori_loop(first, self.clear_to, functools.partial(one, masked=False), carry)
-            first = jnp.maximum(first, self.clear_to)
-            return lax.fori_loop(first, self.steps, functools.partial(one, masked=True), carry)
-
-        return lax.fori_loop(0, self.group, head, carry)
+        @pl.loop(0, self.group)
+        def _head(r):
+            pl.loop(first, self.clear_to)(lambda i: body(i, r * self.steps + i, masked=False))
+            pl.loop(self.clear_to, self.steps)(lambda i: body(i, r * self.steps + i, masked=True))
 
 
 class _Shared(NamedTuple):
@@ -182,17 +183,15 @@ class _Shared(NamedTuple):
     k_WNK: object
     v_WNV: object
     q_RQK: object
-    lse_RQ: object
+    lse_delta_2RQ: object
     word_RQ: object
     dout_RQV: object
-    delta_RQ: object
     ds_RWNQ: object
-    dq_WQE: object
+    dq_RWQE: object
     kv_full: object
     q_full: object
-    q_empty: object
     dout_full: object
-    dout_empty: object
+    empty: object
     ds_full: object
     ds_empty: object
     dq_full: object
@@ -222,6 +221,7 @@ def _kernel(k_BSGK, v_BSGV, q_BTHK, *refs, scale, block_size, **shared):
     @pl.when(wg < CONSUMERS)
     def _consume():
         plgpu.set_max_registers(MANY_REGISTERS, action="increase")
+        plgpu.barrier_arrive(mem.ds_empty.at[0])  # The first ds finds its place free.
         plgpu.barrier_wait(mem.kv_full)
         acc = plgpu.ACC((KEYS, SIZE), jnp.float32)
         dk_NK, dv_NV = pl.run_scoped(functools.partial(_all_steps, unit, mem, scale), acc, acc)
@@ -246,15 +246,15 @@ def _stream(unit, keys, rows, mem):
             plgpu.copy_gmem_to_smem(unit.keys_of(array, w), part_WNE.at[w], mem.kv_full)
     q_BTHK, lse_BHT, dout_BTHV, delta_BHT, *words = rows
     words = [(word_EBHT.at[unit.word], mem.word_RQ) for word_EBHT in words]
-    rings = (
-        (Q_SLOTS, ((q_BTHK, mem.q_RQK), (lse_BHT, mem.lse_RQ), *words), mem.q_full, mem.q_empty),
-        (SLOTS, ((dout_BTHV, mem.dout_RQV), (delta_BHT, mem.delta_RQ)), mem.dout_full, mem.dout_empty),
+    parts = (
+        (((q_BTHK, mem.q_RQK), (lse_BHT, mem.lse_delta_2RQ.at[0]), *words), mem.q_full),
+        (((dout_BTHV, mem.dout_RQV), (delta_BHT, mem.lse_delta_2RQ.at[1])), mem.dout_full),
     )
 
     def one(r, i, number):
-        for slots, pairs, full, empty in rings:
-            wait_free(number, empty, slots)
-            slot = slot_of(number, slots)
+        wait_free(number, mem.empty)
+        slot = slot_of(number)
+        for pairs, full in parts:
             for array, ring in pairs:
                 plgpu.copy_gmem_to_smem(unit.rows_of(array, r, i), ring.at[slot], full.at[slot])
 
@@ -286,19 +286,22 @@ def _add_in_turn(unit, warp, dq_BHTK, mem, turns):
         slot = slot_of(number)
         plgpu.barrier_wait(mem.turn_come.at[slot])
         plgpu.barrier_arrive(mem.turn_taken.at[slot])
-        plgpu.barrier_wait(mem.dq_full.at[warp])
+        here = warp * SLOTS + slot
+        plgpu.barrier_wait(mem.dq_full.at[here])
 
         def copy(reduction_op):
             columns = unit.columns_of(dq_BHTK, r, i, warp)
-            plgpu.copy_smem_to_gmem(mem.dq_WQE.at[warp], columns, reduction_op=reduction_op)
+            plgpu.copy_smem_to_gmem(mem.dq_RWQE.at[slot, warp], columns, reduction_op=reduction_op)
 
         pl.when(unit.number == 0)(lambda: copy(None))
         pl.when(unit.number > 0)(lambda: copy("add"))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(mem.dq_empty.at[warp])
+        plgpu.barrier_arrive(mem.dq_empty.at[here])
         plgpu.wait_smem_to_gmem(0)  # What was written is seen by the unit whose turn is next.
         plgpu.semaphore_signal(unit.turn_of(turns, r, i), 1, memory_scope="gpu")
 
+    for slot in range(SLOTS):
+        plgpu.barrier_arrive(mem.dq_empty.at[warp * SLOTS + slot])  # The first products find their places free.
     unit.walk(one)
 
 
@@ -318,122 +321,104 @@ class _Step(NamedTuple):
 def _all_steps(unit, mem, scale, dk_NK, dv_NV):
     """The unit's gradients: what every step adds to dk before scale, and to dv."""
 
-    def at(number):
-        return _Step(unit, mem, scale, number, hidden_warpgroup())
+    def body(i, number, masked):
+        step = _Step(unit, mem, scale, number, hidden_warpgroup())
+        _hand_over(step, _differentiate(step, dv_NV, i, masked))
+        _multiply(step, dk_NK)
 
-    def body(i, number, p_NQ, masked):
-        step = at(number - 1)
-        _hand_over(step, _add_to_values(step, p_NQ, dv_NV))
-        return _multiply(step, dk_NK, at(number), i, masked)
+    unit.walk_rows(body)
+    last = _Step(unit, mem, scale, unit.all_steps - 1, hidden_warpgroup())
+    _wait_rows(last, last.number)
 
-    first, last = at(jnp.int32(0)), at(unit.all_steps - 1)
-    p_NQ = unit.walk_behind_first(body, _first_probabilities(first))
-    _hand_over(last, _add_to_values(last, p_NQ, dv_NV))
-    _multiply_last(last, dk_NK)
+    def product(dq_QE):
+        _queue_rows(last, last.number, dq_QE)
+        _give_rows(last, last.number, dq_QE[...])
+
+    pl.run_scoped(product, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
     return dk_NK[...], dv_NV[...]
 
 
-def _queue_logits(step, s_NQ):
-    slot = slot_of(step.number, Q_SLOTS)
-    plgpu.barrier_wait(step.mem.q_full.at[slot])
-    plgpu.wgmma(s_NQ, step.mem.k_WNK.at[step.wg], step.mem.q_RQK.at[slot].transpose((1, 0)))
+def _differentiate(step, dv_NV, i, masked):
+    """ds, what the loss says of a step's logits; queues what the step adds to dv."""
+    mem, slot = step.mem, slot_of(step.number)
+    acc = plgpu.ACC((KEYS, ROWS), jnp.float32)
+    plgpu.barrier_wait(mem.q_full.at[slot])
+    # Vectors are loaded well before they are needed: loads wait for the tensor cores' own reads of shared memory.
+    lse_Q = _subtracted(step)
+
+    def logits(s_NQ):
+        plgpu.wgmma(s_NQ, mem.k_WNK.at[step.wg], mem.q_RQK.at[slot].transpose((1, 0)))
+        plgpu.barrier_wait(mem.dout_full.at[slot])
+        return pl.run_scoped(functools.partial(chances, s_NQ), acc)
+
+    def chances(s_NQ, dp_NQ):
+        plgpu.wgmma(dp_NQ, mem.v_WNV.at[step.wg], mem.dout_RQV.at[slot].transpose((1, 0)))
+        s_NQ = plgpu.wgmma_accumulator_load(s_NQ, wait_n=1)
+        delta_Q = plgpu.load(mem.lse_delta_2RQ.at[1, slot], layout=COLUMN)
+        p_NQ = _probabilities(step, s_NQ, lse_Q, i, masked)
+
+        @pl.when(step.number > 0)
+        def _before():  # The products of the step before are done by now.
+            plgpu.barrier_arrive(mem.empty.at[slot_of(step.number - 1 + SLOTS)])
+
+        plgpu.wgmma(dv_NV, p_NQ.astype(mem.q_RQK.dtype), mem.dout_RQV.at[slot])
+        dp_NQ = plgpu.wgmma_accumulator_load(dp_NQ, wait_n=1)
+        ds_NQ = p_NQ * (dp_NQ - lax.broadcast_in_dim(delta_Q, dp_NQ.shape, [1]))
+        return ds_NQ.astype(mem.q_RQK.dtype)
+
+    return pl.run_scoped(logits, acc)
 
 
-def _probabilities(step, s_NQ, i, masked):
-    slot = slot_of(step.number, Q_SLOTS)
-    lse_Q = plgpu.load(step.mem.lse_RQ.at[slot], layout=COLUMN)
+def _subtracted(step):
+    """The lse of a step's rows; infinite where they did not choose the unit's block: their probabilities are 0."""
+    slot = slot_of(step.number)
+    lse_Q = plgpu.load(step.mem.lse_delta_2RQ.at[0, slot], layout=COLUMN)
     if step.unit.bit is not None:
         word_Q = plgpu.load(step.mem.word_RQ.at[slot], layout=COLUMN)
         lse_Q = jnp.where(word_Q & lax.shift_left(jnp.int32(1), step.unit.bit) != 0, lse_Q, jnp.inf)
+    return lse_Q
+
+
+def _probabilities(step, s_NQ, lse_Q, i, masked):
     p_NQ = jnp.exp2(s_NQ * (step.scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
     if not masked:
         return p_NQ
     return jnp.where(keys_seen(p_NQ.shape, step.wg, step.unit.tile_of(i) * ROWS - step.unit.start)[1], p_NQ, 0.0)
 
 
-def _first_probabilities(step):
-    def logits(s_NQ):
-        _queue_logits(step, s_NQ)
-        return s_NQ[...]
-
-    s_NQ = pl.run_scoped(logits, plgpu.ACC((KEYS, ROWS), jnp.float32))
-    return _probabilities(step, s_NQ, jnp.int32(0), masked=True)
-
-
-def _add_to_values(step, p_NQ, dv_NV):
-    """Adds a step's part to dv, which is not there yet; returns ds_NQ."""
-    mem, slot = step.mem, slot_of(step.number)
-    plgpu.barrier_wait(mem.dout_full.at[slot])
-    dout_QV = mem.dout_RQV.at[slot]
-
-    def chances(dp_NQ):
-        plgpu.wgmma(dp_NQ, mem.v_WNV.at[step.wg], dout_QV.transpose((1, 0)))
-        plgpu.wgmma(dv_NV, p_NQ.astype(dout_QV.dtype), dout_QV)
-        return plgpu.wgmma_accumulator_load(dp_NQ, wait_n=1)
-
-    dp_NQ = pl.run_scoped(chances, plgpu.ACC((KEYS, ROWS), jnp.float32))
-
-    @pl.when(step.number > 0)
-    def _before():  # The step before has been multiplied with its queries by now.
-        plgpu.barrier_arrive(mem.q_empty.at[slot_of(step.number - 1, Q_SLOTS)])
-
-    delta_Q = plgpu.load(mem.delta_RQ.at[slot], layout=COLUMN)
-    return (p_NQ * (dp_NQ - lax.broadcast_in_dim(delta_Q, dp_NQ.shape, [1]))).astype(dout_QV.dtype)
-
-
 def _hand_over(step, ds_NQ):
     """Puts ds where both warpgroups multiply with it."""
     mem, slot = step.mem, slot_of(step.number)
-    # The one but last ds lay here. Before the second step nothing did, but it was multiplied all the same.
-    pl.when(step.number > 0)(lambda: plgpu.barrier_wait(mem.ds_empty.at[slot]))
+    plgpu.barrier_wait(mem.ds_empty.at[slot])  # The one but last ds lay here.
     mem.ds_RWNQ.at[slot, step.wg][...] = ds_NQ
     # This orders the vectors' ordinary loads before the next copies too.
     plgpu.commit_smem()
     plgpu.barrier_arrive(mem.ds_full.at[slot])
 
 
-def _multiply(step, dk_NK, following, i, masked):
-    """Multiplies the step's ds with its queries and the ds before with the keys; returns the next probabilities.
+def _multiply(step, dk_NK):
+    """Gives away what the ds of the step before adds to dq, and queues what the step's ds adds to dk.
 
     Before the first step there is no ds: what its product is does not matter, since nobody gets it.
     """
-    mem = step.mem
+    mem, slot = step.mem, slot_of(step.number)
+    _wait_rows(step, step.number - 1)
 
-    def products(dq_QE, s_NQ):
+    def products(dq_QE):
         _queue_rows(step, step.number - 1, dq_QE)
-        _queue_logits(following, s_NQ)
-        _queue_keys(step, dk_NK)
-        _give_rows(step, step.number - 1, plgpu.wgmma_accumulator_load(dq_QE, wait_n=2))
-        plgpu.barrier_arrive(mem.dout_empty.at[slot_of(step.number)])
-        return _probabilities(following, plgpu.wgmma_accumulator_load(s_NQ, wait_n=1), i, masked)
+        plgpu.wgmma(dk_NK, mem.ds_RWNQ.at[slot, step.wg], mem.q_RQK.at[slot])
+        _give_rows(step, step.number - 1, plgpu.wgmma_accumulator_load(dq_QE, wait_n=1))
 
-    rows, logits = (plgpu.ACC(shape, jnp.float32) for shape in ((ROWS, COLUMNS), (KEYS, ROWS)))
-    return pl.run_scoped(products, rows, logits)
+    pl.run_scoped(products, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
 
 
-def _multiply_last(step, dk_NK):
-    """Multiplies the last step's ds with its queries, and the last two with the keys."""
-
-    def products(dq_QE, last_QE):
-        _queue_rows(step, step.number - 1, dq_QE)
-        _queue_keys(step, dk_NK)
-        _give_rows(step, step.number - 1, dq_QE[...])
-        _queue_rows(step, step.number, last_QE)
-        _give_rows(step, step.number, last_QE[...])
-
-    acc = plgpu.ACC((ROWS, COLUMNS), jnp.float32)
-    pl.run_scoped(products, acc, acc)
-
-
-def _queue_keys(step, dk_NK):
-    ds_NQ = step.mem.ds_RWNQ.at[slot_of(step.number), step.wg]
-    plgpu.wgmma(dk_NK, ds_NQ, step.mem.q_RQK.at[slot_of(step.number, Q_SLOTS)])
+def _wait_rows(step, number):
+    pl.when(number >= 0)(lambda: plgpu.barrier_wait(step.mem.ds_full.at[slot_of(number + SLOTS)]))
 
 
 def _queue_rows(step, number, dq_QE):
     """Half of the columns of what all of the unit's keys send to the rows of the step with this number."""
     mem, slot = step.mem, slot_of(number + SLOTS)
-    pl.when(number >= 0)(lambda: plgpu.barrier_wait(mem.ds_full.at[slot]))
     for w in range(CONSUMERS):
         columns = pl.ds(step.wg * COLUMNS, COLUMNS)
         plgpu.wgmma(dq_QE, mem.ds_RWNQ.at[slot, w].transpose((1, 0)), mem.k_WNK.at[w, :, columns])
@@ -441,12 +426,13 @@ def _queue_rows(step, number, dq_QE):
 
 def _give_rows(step, number, dq_QE):
     """Gives a product to the adding warp, unless the step is none."""
-    mem, wg = step.mem, step.wg
-    plgpu.barrier_arrive(mem.ds_empty.at[slot_of(number + SLOTS)])
+    mem, wg, slot = step.mem, step.wg, slot_of(number + SLOTS)
+    plgpu.barrier_arrive(mem.ds_empty.at[slot])
 
     @pl.when(number >= 0)
     def _give():
-        pl.when(number > 0)(lambda: plgpu.barrier_wait(mem.dq_empty.at[wg]))
-        mem.dq_WQE.at[wg][...] = dq_QE
+        here = wg * SLOTS + slot
+        plgpu.barrier_wait(mem.dq_empty.at[here])
+        mem.dq_RWQE.at[slot, wg][...] = dq_QE
         plgpu.commit_smem()
-        plgpu.barrier_arrive(mem.dq_full.at[wg])
+        plgpu.barrier_arrive(mem.dq_full.at[here])

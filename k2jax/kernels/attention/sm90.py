@@ -1,5 +1,8 @@
 """Full causal attention on Hopper GPUs: the tiles and gradients of one block that holds all keys.
 
+The gradient computes every pair of tokens once where `fused_gradient` can, and twice where it cannot: for queries and
+for keys.
+
 Legend: B batch, T queries = S keys, H query heads, G key heads, K query/key size, V value size. Vectors [B, H, T] are
 rounded up to whole tiles inside.
 """
@@ -9,21 +12,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from k2jax.kernels.attention.fused_gradient_sm90 import SIZE, fused_gradient
+from k2jax.kernels.attention.fused_gradient_sm90 import fused_gradient, has_fused_gradient
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.positions import at_positions, segment_starts
 from k2jax.kernels.attention.reference import Attended, query_positions
 from k2jax.kernels.attention.tiles_sm90 import DTYPES, HEAD_SIZES, TILE, attend, padded, rows_gradient, starts_of
-
-
-def fused_refusal(q_shape, k_shape, v_shape, dtype, *, scale, segment_ids=None, q_offset=0) -> str | None:
-    """Why `fused_gradient` cannot compute this call's gradient, or None."""
-    sizes = (q_shape[3], v_shape[3])
-    if sizes != (SIZE, SIZE):
-        return f"heads of sizes {sizes}: the fused gradient is built for {(SIZE, SIZE)}"
-    if segment_ids is not None or needs_positions(q_shape[1], k_shape[1], q_offset):
-        return "the fused gradient is built for one document, whose queries lie at the keys' positions"
-    return refusal(q_shape, v_shape, dtype, scale=scale)
 
 
 def refusal(q_shape, v_shape, dtype, *, scale) -> str | None:
@@ -40,21 +33,14 @@ def refusal(q_shape, v_shape, dtype, *, scale) -> str | None:
     return None
 
 
-def attention(
-    q_BTHK, k_BSGK, v_BSGV, *, scale, segment_ids=None, q_offset=0, fused=False, num_sms=None, interpret=None
-):
+def attention(q_BTHK, k_BSGK, v_BSGV, *, scale, segment_ids=None, q_offset=0, num_sms=None, interpret=None):
     """Causal attention by Hopper kernels; arguments as in `k2jax.kernels.attention.attention`.
 
-    fused: the gradient by `fused_gradient`, which computes every pair of tokens once.
     num_sms, interpret: as in `tiles_sm90.attend`.
 
-    Raises ValueError where the kernels cannot do it (`refusal`, `fused_refusal`).
+    Raises ValueError where the kernels cannot do it (`refusal`).
     """
-    if fused:
-        shapes = (q_BTHK.shape, k_BSGK.shape, v_BSGV.shape, q_BTHK.dtype)
-        reason = fused_refusal(*shapes, scale=scale, segment_ids=segment_ids, q_offset=q_offset)
-    else:
-        reason = refusal(q_BTHK.shape, v_BSGV.shape, q_BTHK.dtype, scale=scale)
+    reason = refusal(q_BTHK.shape, v_BSGV.shape, q_BTHK.dtype, scale=scale)
     if reason:
         raise ValueError(reason)
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
@@ -63,7 +49,7 @@ def attention(
     if segment_ids is not None or needs_positions(T, S, q_offset):
         start_BS = jnp.zeros((1, S), jnp.int32) if segment_ids is None else segment_starts(segment_ids)
         starts = starts_at(start_BS, q_BTHK, T, q_offset)
-    settings = (float(scale), T, fused, num_sms, interpret)
+    settings = (float(scale), T, num_sms, interpret)
     out_BTHV, lse_BHT, max_BH = _attention(settings, q_BTHK, k_BSGK, v_BSGV, starts)
     return Attended(out_BTHV[:, :T], lse_BHT[..., :T], max_BH)
 
@@ -94,7 +80,7 @@ def _attention(settings, q_BTHK, k_BSGK, v_BSGV, starts):
 
 
 def _forward(settings, q_BTHK, k_BSGK, v_BSGV, starts):
-    scale, num_tokens, _, num_sms, interpret = settings
+    scale, num_tokens, num_sms, interpret = settings
     T = q_BTHK.shape[1]
     options = {"starts": starts, "num_sms": num_sms, "interpret": interpret}
     out_BTHV, lse_BHT, max_BHT = attend(scale, padded(k_BSGK.shape[1]), q_BTHK, k_BSGK, v_BSGV, **options)
@@ -104,10 +90,10 @@ def _forward(settings, q_BTHK, k_BSGK, v_BSGV, starts):
 
 
 def _backward(settings, saved, cotangents):
-    scale, _, fused, num_sms, interpret = settings
+    scale, _, num_sms, interpret = settings
     q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, starts = saved
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
-    if fused:
+    if starts is None and has_fused_gradient(q_BTHK, v_BSGV):
         return *fused_gradient(scale, own, k_BSGK, v_BSGV, interpret=interpret), None
     block_size, options = padded(k_BSGK.shape[1]), {"starts": starts, "interpret": interpret}
     dq_BTHK = rows_gradient(scale, block_size, *own, k_BSGK, v_BSGV, num_sms=num_sms, **options)

@@ -102,7 +102,7 @@ def attend(
       behind T means nothing.
     """
     K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
-    step, slots = _fit(((128, 2), (64, 2), (64, 1)), TILE * K, SLOTS * (K + V), TILE * V)
+    step, slots, outs = _fit(((128, 2, CONSUMERS), (128, 1, 1)), TILE * K, SLOTS * (K + V), ROWS * V)
     row = jax.ShapeDtypeStruct(_vector_shape(q), jnp.float32)
     work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys, choice and choice.block_size)
     kernel = _persistent(
@@ -115,7 +115,7 @@ def attend(
             "q_RWQK": plgpu.SMEM((slots, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
             "k_RNK": plgpu.SMEM((SLOTS, step, K), dtype, transforms=TRANSFORMS),
             "v_RNV": plgpu.SMEM((SLOTS, step, V), dtype, transforms=TRANSFORMS),
-            "out_WQV": plgpu.SMEM((CONSUMERS, ROWS, V), dtype, transforms=TRANSFORMS),
+            "out_WQV": plgpu.SMEM((outs, ROWS, V), dtype, transforms=TRANSFORMS),
             "lse_WQ": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             "max_WQ": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
             "q_full": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
@@ -125,6 +125,7 @@ def attend(
             "v_full": plgpu.Barrier(num_barriers=SLOTS),
             "v_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
             "turn": plgpu.Barrier(num_barriers=CONSUMERS),
+            "out_free": plgpu.Barrier(num_barriers=CONSUMERS),
         },
     )
     return kernel(*_tables(block_Y, used_1, starts, choice), q, k_BSGK, v_BSGV)
@@ -142,7 +143,7 @@ def rows_gradient(
     Returns: dq like q.
     """
     K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
-    step, slots = _fit(((64, 2), (64, 1)), TILE * (K + V), SLOTS * (K + V), TILE * K)
+    step, slots, outs = _fit(((64, 2, CONSUMERS), (64, 1, CONSUMERS)), TILE * (K + V), SLOTS * (K + V), ROWS * K)
     work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys)
     kernel = _persistent(
         "rows_gradient",
@@ -155,7 +156,7 @@ def rows_gradient(
             "dout_RWQV": plgpu.SMEM((slots, CONSUMERS, ROWS, V), dtype, transforms=TRANSFORMS),
             "k_RNK": plgpu.SMEM((SLOTS, step, K), dtype, transforms=TRANSFORMS),
             "v_RNV": plgpu.SMEM((SLOTS, step, V), dtype, transforms=TRANSFORMS),
-            "dq_WQK": plgpu.SMEM((CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
+            "dq_WQK": plgpu.SMEM((outs, ROWS, K), dtype, transforms=TRANSFORMS),
             "q_full": plgpu.Barrier(num_arrivals=2 * CONSUMERS, num_barriers=slots),
             "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
             "k_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
@@ -168,9 +169,9 @@ def rows_gradient(
 # --- what both kernels share --------------------------------------------------------------------------------------
 
 
-def _fit(choices, per_slot, per_key, rest):
-    """The first (keys of a step, slots for rows) of which a slot's numbers, a key's and the rest fit, 2 bytes each."""
-    return next((n, r) for n, r in choices if 2 * (r * per_slot + n * per_key + rest) <= SHARED_MEMORY)
+def _fit(choices, per_slot, per_key, per_out):
+    """The first (keys of a step, slots for rows, buffers for results) that fit, of so many numbers of 2 bytes each."""
+    return next((n, r, w) for n, r, w in choices if 2 * (r * per_slot + n * per_key + w * per_out) <= SHARED_MEMORY)
 
 
 def _vector_shape(q):
@@ -416,7 +417,7 @@ def _filled(value, shape, layout):
 
 def _attend_kernel(
     table, table_2, q, k_BSGK, v_BSGV, out, lse, largest, *, work, scale, q_RWQK, k_RNK, v_RNV, out_WQV, lse_WQ,
-    max_WQ, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
+    max_WQ, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, out_free,
 ):  # fmt: skip
     wg = lax.axis_index("wg")
 
@@ -430,24 +431,42 @@ def _attend_kernel(
     @pl.when(wg < CONSUMERS)
     def _consume():
         plgpu.set_max_registers(232, action="increase")
-        pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+
+        @pl.when(wg == 1)
+        def _first():
+            plgpu.barrier_arrive(turn.at[0])
+            plgpu.barrier_arrive(out_free.at[0])
+
         ring = _KeyRing(k_RNK, v_RNV, k_full, k_empty, v_full, v_empty)
+        one_out = out_WQV.shape[0] == 1  # for both, one after the other
 
         def one(here, tile, so_far):
             q_slot = slot_of(here, q_RWQK.shape[0])
             plgpu.barrier_wait(q_full.at[q_slot])
             rows = (wg, q_RWQK.at[q_slot, wg], q_empty.at[q_slot])
             acc_QV, max_Q, sum_Q = _attend_tile(tile, so_far, rows, ring, turn, scale)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_WQV.at[wg][...] = (acc_QV * _over(1.0 / sum_Q, acc_QV.shape)).astype(q.dtype)
+            if one_out:
+                plgpu.barrier_wait(out_free.at[wg])
+            else:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_QV = out_WQV.at[0 if one_out else wg]
+            out_QV[...] = (acc_QV * _over(1.0 / sum_Q, acc_QV.shape)).astype(q.dtype)
             lse_WQ.at[wg][...] = max_Q * scale + jnp.log(sum_Q)
             max_WQ.at[wg][...] = max_Q * scale
             plgpu.commit_smem()
-            for array, buffer in ((out, out_WQV), (lse, lse_WQ), (largest, max_WQ)):
-                plgpu.copy_smem_to_gmem(buffer.at[wg], tile.rows_of(array, wg * ROWS, ROWS))
+            for array, part in ((out, out_QV), (lse, lse_WQ.at[wg]), (largest, max_WQ.at[wg])):
+                plgpu.copy_smem_to_gmem(part, tile.rows_of(array, wg * ROWS, ROWS))
+            if one_out:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(out_free.at[1 - wg])
 
         work.walk(table, table_2, one)
-        pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+
+        @pl.when(wg == 0)
+        def _last():
+            plgpu.barrier_wait(turn.at[0])
+            plgpu.barrier_wait(out_free.at[0])
+
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -5,7 +5,7 @@
 3. `attention.tiles_sm90` computes the tiles, and the queries against their own blocks as they lie.
 4. The partial results of a query are gathered back and joined by their log-sum-exp, in the order of its choices.
 Where a text is so short that 2 to 4 take longer than all pairs of its tokens (`is_short`), its forward pass computes
-all of them instead, and every query skips what it did not choose; with `fused` so does its backward.
+all of them instead, and every query skips what it did not choose; of a shorter one so does the backward.
 The backward recomputes probabilities from the joined log-sum-exp: `attention.keys_gradient_sm90` sums what every query
 that read a block sends back, `attention.tiles_sm90` computes each pair's part of dq, gathered back like the output.
 Nothing is ever added in an order that could change between runs.
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from k2jax.kernels.attention.fused_gradient_sm90 import SIZE, fused_gradient
+from k2jax.kernels.attention.fused_gradient_sm90 import fused_gradient, has_fused_gradient
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.reference import query_positions
@@ -47,8 +47,9 @@ from k2jax.kernels.moba.routing import history_blocks
 
 # Pairs whose gathered queries and partial results are in memory at once: 8 GiB at 2 * 256 bytes each, 12 backward.
 PAIRS = 2**24
-# On an H100 a choice costs, beside its keys, as much as this many keys of a query in full attention.
-KEYS_OF_A_CHOICE = 768
+# On a Hopper GPU a choice costs, beside its keys, as much as this many keys of a query in full attention.
+FORWARD_KEYS_OF_A_CHOICE = 768
+BACKWARD_KEYS_OF_A_CHOICE = 256
 MAX_SHORT_BLOCKS = 128  # A query's choice is in registers then, a bit for each.
 
 
@@ -59,12 +60,9 @@ def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k, scale) -> st
 
 
 def moba_attention(
-    q_BTHK, k_BSGK, v_BSGV, *, block_size, top_k, scale, segment_ids=None, q_offset=0, fused=False, num_sms=None,
-    interpret=None,
+    q_BTHK, k_BSGK, v_BSGV, *, block_size, top_k, scale, segment_ids=None, q_offset=0, num_sms=None, interpret=None
 ):  # fmt: skip
     """MoBA by Hopper kernels; arguments as in `k2jax.moba_pallas.moba_attention`.
-
-    fused: the backward of a short text, with heads of 128, by `fused_gradient`: all pairs of its tokens, too.
 
     Raises ValueError where the kernels cannot do it (`refusal`).
     """
@@ -79,7 +77,7 @@ def moba_attention(
     is_packed = segment_ids is not None or block_size % TILE > 0 or needs_positions(T, S, q_offset)
     table_blocks = num_blocks if is_packed else -(-S // block_size)
     J = min(top_k - 1, num_blocks)
-    settings = Settings(float(scale), block_size, H // G, T, table_blocks, J, fused, num_sms, interpret)
+    settings = Settings(float(scale), block_size, H // G, T, table_blocks, J, num_sms, interpret)
     where = layout(segment_ids, S, block_size)
     history, *candidates = history_blocks(where, segment_ids, S, block_size)
     packed = _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset) if is_packed else None
@@ -132,7 +130,6 @@ class Settings(NamedTuple):
     num_tokens: int  # before T was rounded up
     table_blocks: int  # of each key head in the kernels' tables
     J: int
-    fused: bool
     num_sms: int | None
     interpret: Any
 
@@ -152,7 +149,7 @@ def _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed):
     per_query = functools.partial(_per_query, T=T)
     far = [_far(settings, x, packed) for x in (k_BSGK, v_BSGV)]
     winner_BHJT = _choose(settings, q_BTHK, far[0], packed)
-    dense = _is_dense(settings, T, packed)
+    dense = _is_dense(settings, T, packed, FORWARD_KEYS_OF_A_CHOICE)
     if dense:
         own_block, own_options = padded(T), own_options | {"choice": _choice(settings, winner_BHJT)}
     out_BTHV, lse_BHT, max_BHT = attend(scale, own_block, q_BTHK, k_BSGK, v_BSGV, **own_options)
@@ -181,7 +178,7 @@ def _backward(settings, saved, cotangents):
     scale, T = settings.scale, q_BTHK.shape[1]
     own_block, far_block, own_options, far_options = _call(settings, packed, k_BSGK.shape[1])
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
-    if settings.fused and _is_dense(settings, T, packed) and (q_BTHK.shape[-1], v_BSGV.shape[-1]) == (SIZE, SIZE):
+    if has_fused_gradient(q_BTHK, v_BSGV) and _is_dense(settings, T, packed, BACKWARD_KEYS_OF_A_CHOICE):
         choice = _choice(settings, winner_BHJT)
         return *fused_gradient(scale, own, k_BSGK, v_BSGV, choice=choice, interpret=settings.interpret), None
     _, dout_BTHV, lse_BHT, delta_BHT = own
@@ -233,15 +230,15 @@ def _call(settings, packed, S):
 _attention.defvjp(_forward, _backward)
 
 
-def is_short(T, block_size, J) -> bool:
-    """Whether to attend to all pairs of T tokens costs less than to J earlier blocks and the own one, forward."""
-    few = 2 * ((J + 1) * block_size + J * KEYS_OF_A_CHOICE)
+def is_short(T, block_size, J, keys_of_a_choice) -> bool:
+    """Whether to attend to all pairs of T tokens costs less than to J earlier blocks and the own one."""
+    few = 2 * ((J + 1) * block_size + J * keys_of_a_choice)
     return J > 0 and few >= T and -(-T // block_size) <= MAX_SHORT_BLOCKS
 
 
-def _is_dense(settings, T, packed):
-    """Whether this call attends to all pairs."""
-    return packed is None and is_short(T, settings.block_size, settings.J)
+def _is_dense(settings, T, packed, keys_of_a_choice):
+    """Whether a pass of this call computes all pairs."""
+    return packed is None and is_short(T, settings.block_size, settings.J, keys_of_a_choice)
 
 
 def _choice(settings, winner_BHJT) -> Choice:
