@@ -265,20 +265,23 @@ FULL = functools.partial(attention, scale=1.0, implementation="sm90")
 CHOOSING = functools.partial(moba_attention, block_size=128, top_k=8, implementation="sm90")
 
 
-@pytest.mark.parametrize(
-    ("run", "changes", "arguments", "fused"),
-    [
-        (FULL, {}, {}, True),
-        (FULL, {"K": 192}, {}, False),
-        (FULL, {}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, False),
-        (FULL, {"T": 1024}, {"q_offset": 3}, False),
-        (CHOOSING, {}, {}, True),
-        (CHOOSING, {"T": 8192, "S": 8192}, {}, False),
-        (CHOOSING, {"K": 64, "V": 64}, {}, False),
-        (CHOOSING, {}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, False),
-    ],
-)
-def test_the_gradient_computes_every_pair_once_where_that_is_faster(monkeypatch, run, changes, arguments, fused):
+GRADIENTS = {
+    "full": (FULL, {}, {}, True),
+    "full, 64K": (FULL, {"T": 65536, "S": 65536}, {}, True),
+    "full, longer": (FULL, {"T": 65544, "S": 65544}, {}, False),
+    "full, MLA": (FULL, {"K": 192}, {}, False),
+    "full, documents": (FULL, {}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, False),
+    "full, a chunk of the queries": (FULL, {"T": 1024}, {"q_offset": 3}, False),
+    "MoBA, short": (CHOOSING, {}, {}, True),
+    "MoBA, 8K": (CHOOSING, {"T": 8192, "S": 8192}, {}, False),
+    "MoBA, heads of 64": (CHOOSING, {"K": 64, "V": 64}, {}, False),
+    "MoBA, documents": (CHOOSING, {}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, False),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_the_gradient_computes_every_pair_once_where_that_is_faster(monkeypatch, name):
+    run, changes, arguments, fused = GRADIENTS[name]
     on_hopper(monkeypatch)
     called = []
     for room in (full_sm90, sm90):

@@ -1229,6 +1229,27 @@ KERNELS_MUTANTS = (
         f"{HOPPER_FUSED}[full, two units, grouped heads]",
     ),
     Mutant(
+        "delta is read where lse lies",
+        "k2jax/kernels/attention/fused_gradient_sm90.py",
+        "lse_delta_2RQ.at[1, slot], layout",
+        "lse_delta_2RQ.at[0, slot], layout",
+        f"{HOPPER_FUSED}[full, two units, grouped heads]",
+    ),
+    Mutant(
+        "the backward of a text computes all pairs as long as its forward does",
+        "k2jax/kernels/moba/sm90.py",
+        "packed, BACKWARD_KEYS_OF_A_CHOICE)",
+        "packed, FORWARD_KEYS_OF_A_CHOICE)",
+        f"{HOPPER}test_the_gradient_computes_every_pair_once_where_that_is_faster[MoBA, 8K]",
+    ),
+    Mutant(
+        "both warpgroups put their results where there is room for one's",
+        "k2jax/kernels/attention/tiles_sm90.py",
+        "plgpu.barrier_wait(out_free.at[wg])",
+        "plgpu.wait_smem_to_gmem(0, wait_read_only=True)",
+        f"{HOPPER_IS_EXACT}[full MLA]",
+    ),
+    Mutant(
         "whoever did not choose a block sends its keys a gradient all the same",
         "k2jax/kernels/attention/fused_gradient_sm90.py",
         "step.unit.bit) != 0, lse_Q, jnp.inf)",

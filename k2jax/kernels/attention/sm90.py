@@ -1,7 +1,6 @@
 """Full causal attention on Hopper GPUs: the tiles and gradients of one block that holds all keys.
 
-The gradient computes every pair of tokens once where `fused_gradient` can, and twice where it cannot: for queries and
-for keys.
+The gradient computes every pair of tokens once where `fused_gradient` is best, elsewhere twice: for queries, for keys.
 
 Legend: B batch, T queries = S keys, H query heads, G key heads, K query/key size, V value size. Vectors [B, H, T] are
 rounded up to whole tiles inside.
@@ -12,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from k2jax.kernels.attention.fused_gradient_sm90 import fused_gradient, has_fused_gradient
+from k2jax.kernels.attention.fused_gradient_sm90 import fused_gradient, is_best_fused
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.positions import at_positions, segment_starts
 from k2jax.kernels.attention.reference import Attended, query_positions
@@ -93,7 +92,7 @@ def _backward(settings, saved, cotangents):
     scale, _, num_sms, interpret = settings
     q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, starts = saved
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
-    if starts is None and has_fused_gradient(q_BTHK, v_BSGV):
+    if starts is None and is_best_fused(q_BTHK, v_BSGV):
         return *fused_gradient(scale, own, k_BSGK, v_BSGV, interpret=interpret), None
     block_size, options = padded(k_BSGK.shape[1]), {"starts": starts, "interpret": interpret}
     dq_BTHK = rows_gradient(scale, block_size, *own, k_BSGK, v_BSGV, num_sms=num_sms, **options)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from k2jax.kernels.attention.fused_gradient_sm90 import fused_gradient, has_fused_gradient
+from k2jax.kernels.attention.fused_gradient_sm90 import fused_gradient, is_best_fused
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.reference import query_positions
@@ -178,7 +178,7 @@ def _backward(settings, saved, cotangents):
     scale, T = settings.scale, q_BTHK.shape[1]
     own_block, far_block, own_options, far_options = _call(settings, packed, k_BSGK.shape[1])
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
-    if has_fused_gradient(q_BTHK, v_BSGV) and _is_dense(settings, T, packed, BACKWARD_KEYS_OF_A_CHOICE):
+    if is_best_fused(q_BTHK, v_BSGV) and _is_dense(settings, T, packed, BACKWARD_KEYS_OF_A_CHOICE):
         choice = _choice(settings, winner_BHJT)
         return *fused_gradient(scale, own, k_BSGK, v_BSGV, choice=choice, interpret=settings.interpret), None
     _, dout_BTHV, lse_BHT, delta_BHT = own
