@@ -493,13 +493,16 @@ def _attend_tile(tile, so_far, rows, ring, turn, scale):
     def pass_turn():
         plgpu.barrier_arrive(turn.at[1 - wg])
 
+    def wait_for_keys(i):
+        # Before the sum of their logits begins: behind a wait the compiler clears the sum's registers, for nothing.
+        plgpu.barrier_wait(ring.k_full.at[slot_of(so_far + i)])
+
     def multiply(i, s_QN, weighted=None):
         """Adds the logits of step i to s, and to a sum (sum_QV, p_QN) what p weighs of the values before it.
 
         One after the other on the tensor cores, with nothing to do in between.
         """
         slot, before = slot_of(so_far + i), slot_of(so_far + i - 1)
-        plgpu.barrier_wait(ring.k_full.at[slot])
         if weighted is not None:
             sum_QV, p_QN = weighted
             plgpu.wgmma(sum_QV, p_QN, ring.v_RNV.at[before])
@@ -520,20 +523,21 @@ def _attend_tile(tile, so_far, rows, ring, turn, scale):
 
     def kv_step(i, carry, masked):
         p_QN, acc_QV, max_Q, sum_Q = soften(i, carry, masked)
+        wait_for_keys(i + 1)
 
-        def products(refs):
-            sum_QV, s_QN = refs
-            multiply(i + 1, s_QN, (sum_QV, p_QN))
+        def logits(s_QN):
+            added = pl.run_state(lambda sum_QV: multiply(i + 1, s_QN, (sum_QV, p_QN)))
+            return added(plgpu.ACC.init(acc_QV)), s_QN[...]
 
-        no_logits = _filled(0.0, (ROWS, N), plgpu.Layout.WGMMA)
-        acc_QV, s_QN = pl.run_state(products)((plgpu.ACC.init(acc_QV), plgpu.ACC.init(no_logits)))
+        acc_QV, s_QN = pl.run_scoped(logits, plgpu.ACC((ROWS, N), jnp.float32))
         return s_QN, acc_QV, max_Q, sum_Q
 
     def first_logits(s_QN):
-        plgpu.barrier_wait(turn.at[wg])
         multiply(0, s_QN)
         return s_QN[...]
 
+    plgpu.barrier_wait(turn.at[wg])
+    wait_for_keys(0)
     s_QN = pl.run_scoped(first_logits, plgpu.ACC((ROWS, N), jnp.float32))
     nothing = _filled(0.0, (ROWS, V), plgpu.Layout.WGMMA)
     carry = (s_QN, nothing, _filled(-jnp.inf, (ROWS,), ROW), _filled(0.0, (ROWS,), ROW))
