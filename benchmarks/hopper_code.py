@@ -47,6 +47,8 @@ dnn_version_info { major: 9  minor: 8 }
 # What differs from `compile_case`'s call.
 CASES = {
     "full": {},
+    "full, above 64K": {"T": 131072},
+    "full, heads of 64": {"K": 64, "V": 64},
     "full, grouped heads": {"G": 4},
     "full, documents": {"documents": True},
     "full, MLA": {"K": 192},
@@ -103,10 +105,10 @@ def compile_only_device(cuda: Path):
     return device
 
 
-def compile_case(device, dump: Path, *, T=4096, G=16, K=128, sparse=False, documents=False) -> list[dict]:
+def compile_case(device, dump: Path, *, T=4096, G=16, K=128, V=128, sparse=False, documents=False) -> list[dict]:
     """What the compiler said of each kernel in one op's forward and backward, as `read`; empties the folder `dump`.
 
-    Batch 2, T tokens, 16 query heads, G key heads of size K, values of size 128.
+    Batch 2, T tokens, 16 query heads, G key heads of size K, values of size V.
     """
     settings = {"scale": K**-0.5, "num_sms": 132, "interpret": False}
     if documents:
@@ -119,7 +121,7 @@ def compile_case(device, dump: Path, *, T=4096, G=16, K=128, sparse=False, docum
         return jax.vjp(lambda *x: op(*x, **settings)[0], q, k, v)[1](dout)
 
     everywhere = NamedSharding(Mesh([device], ("device",)), PartitionSpec())
-    shapes = [(2, T, heads, size) for heads, size in ((16, K), (G, K), (G, 128), (16, 128))]
+    shapes = [(2, T, heads, size) for heads, size in ((16, K), (G, K), (G, V), (16, V))]
     inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=everywhere) for shape in shapes]
     # Tuning measures, so it needs a GPU.
     options = {"xla_gpu_cuda_data_dir": os.environ["MOSAIC_GPU_CUDA_ROOT"], "xla_gpu_autotune_level": 0}

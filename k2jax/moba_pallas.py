@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from k2jax.kernels.attention import IMPLEMENTATIONS as FULL_ATTENTION
 from k2jax.kernels.attention import cannot_run_sm90, check_shapes
 from k2jax.kernels.attention import choose as choose_full_attention
+from k2jax.kernels.attention import sm90 as full_sm90
 from k2jax.kernels.hopper import CannotRun
 from k2jax.kernels.moba import reference, sm90, tpu, xla
 from k2jax.kernels.moba.blocks import Attended, Residuals
@@ -121,13 +122,15 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
     if implementation == "xla":
         numbers = xla.working_numbers(q.shape, k.shape, v.shape, block_size, top_k, segment_ids is not None, q_offset)
     elif implementation == "sm90":
-        numbers = sm90.working_numbers(q.shape, v.shape, block_size, top_k)
+        packs = sm90.is_packed(T, S, block_size, segment_ids, q_offset)
+        numbers = sm90.working_numbers(q.shape, v.shape, block_size, top_k, packs)
     elif implementation == "tpu":
         numbers = tpu.working_numbers(q.shape, k.shape, v.shape, block_size, top_k)
     elif implementation == "full-xla":
         numbers = 2 * B * H * S * min(T, 512)
     elif implementation == "full-sm90":
-        numbers = 4 * B * H * T
+        whole = segment_ids is None and not full_sm90.needs_positions(T, S, q_offset)
+        numbers = full_sm90.working_numbers(q.shape, v.shape, whole)
     else:
         numbers = 3 * B * H * T * S
     return (

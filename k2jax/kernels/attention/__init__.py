@@ -43,7 +43,7 @@ def attention(
     """Softmax attention in which a query sees the keys at its own and earlier positions of its own segment.
 
     Args:
-      q_BTHK: queries at positions `q_offset .. q_offset + T - 1` of the keys, bfloat16 or float32.
+      q_BTHK: queries at positions `q_offset .. q_offset + T - 1` of the keys, bfloat16, float16 or float32.
       k_BSGK, v_BSGV: keys and values; query head h reads key head h // (H // G). K and V may differ (MLA:
         192, 128).
       scale: multiplies the logits before the softmax, which runs in float32.

@@ -14,7 +14,7 @@ only for one of a lower number: GPUs start blocks in the order of their numbers,
 not promise that order.
 
 Legend: B batch, T queries = S keys, H query heads, G key heads, K = V query/key/value size, N keys of a warpgroup,
-W warpgroups, Q rows of a step, E columns of dq of a warpgroup, R ring slots.
+W warpgroups, Q rows of a step, C columns of dq of a warpgroup, R ring slots, E words of a choice.
 """
 
 import functools
@@ -35,7 +35,8 @@ SLOTS = 2
 # Key heads at a time: with more of them a head's rows do not stay in the cache from unit to unit, with fewer of them
 # its units wait for each other.
 HEADS = 16
-# At 64K it takes 167 ms where the gradients of rows and keys take 214, at 128K 898 and about 800: 2 x 16 heads.
+# For 2 x 16 heads it took 167 ms at 64K, where the gradients of rows and keys took 214; at 128K 898, and on another GPU
+# they took 802.
 MAX_TOKENS = 2**16
 F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 FEW_REGISTERS, MANY_REGISTERS = 24, 240  # The three warpgroups' sum is at most 512.
@@ -78,7 +79,7 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
             "q_RQK": plgpu.SMEM((SLOTS, ROWS, K), dtype, transforms=TRANSFORMS),
             "dout_RQV": plgpu.SMEM((SLOTS, ROWS, K), dtype, transforms=TRANSFORMS),
             "ds_RWNQ": plgpu.SMEM((SLOTS, CONSUMERS, KEYS, ROWS), dtype, transforms=TRANSFORMS),
-            "dq_RWQE": plgpu.SMEM((SLOTS, CONSUMERS, ROWS, COLUMNS), jnp.float32, transforms=F32_TRANSFORMS),
+            "dq_RWQC": plgpu.SMEM((SLOTS, CONSUMERS, ROWS, COLUMNS), jnp.float32, transforms=F32_TRANSFORMS),
             "lse_delta_2RQ": plgpu.SMEM((2, SLOTS, ROWS), jnp.float32),  # Each array begins at a multiple of 1 KiB.
             "word_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.int32),
             "kv_full": plgpu.Barrier(num_arrivals=4),
@@ -106,9 +107,9 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
     return (dq_BHTK * scale).astype(q_BTHK.dtype).swapaxes(1, 2), *keys
 
 
-def is_best_fused(q_BTHK, v_BSGV) -> bool:
+def is_best_fused(q_shape, v_shape) -> bool:
     """Whether `fused_gradient` is built for these heads, and the fastest for so many tokens."""
-    return (q_BTHK.shape[-1], v_BSGV.shape[-1]) == (SIZE, SIZE) and q_BTHK.shape[1] <= MAX_TOKENS
+    return (q_shape[3], v_shape[3]) == (SIZE, SIZE) and q_shape[1] <= MAX_TOKENS
 
 
 def _heads_at_a_time(num_heads):
@@ -189,7 +190,7 @@ class _Shared(NamedTuple):
     word_RQ: object
     dout_RQV: object
     ds_RWNQ: object
-    dq_RWQE: object
+    dq_RWQC: object
     kv_full: object
     q_full: object
     dout_full: object
@@ -243,9 +244,9 @@ def _kernel(k_BSGK, v_BSGV, q_BTHK, *refs, scale, block_size, **shared):
 
 def _stream(unit, keys, rows, mem):
     """Copies the unit's keys and values, then the rows of all steps."""
-    for array, part_WNE in zip(keys, (mem.k_WNK, mem.v_WNV), strict=True):
+    for array, part_WNK in zip(keys, (mem.k_WNK, mem.v_WNV), strict=True):
         for w in range(CONSUMERS):
-            plgpu.copy_gmem_to_smem(unit.keys_of(array, w), part_WNE.at[w], mem.kv_full)
+            plgpu.copy_gmem_to_smem(unit.keys_of(array, w), part_WNK.at[w], mem.kv_full)
     q_BTHK, lse_BHT, dout_BTHV, delta_BHT, *words = rows
     words = [(word_EBHT.at[unit.word], mem.word_RQ) for word_EBHT in words]
     parts = (
@@ -293,7 +294,7 @@ def _add_in_turn(unit, warp, dq_BHTK, mem, turns):
 
         def copy(reduction_op):
             columns = unit.columns_of(dq_BHTK, r, i, warp)
-            plgpu.copy_smem_to_gmem(mem.dq_RWQE.at[slot, warp], columns, reduction_op=reduction_op)
+            plgpu.copy_smem_to_gmem(mem.dq_RWQC.at[slot, warp], columns, reduction_op=reduction_op)
 
         pl.when(unit.number == 0)(lambda: copy(None))
         pl.when(unit.number > 0)(lambda: copy("add"))
@@ -332,9 +333,9 @@ def _all_steps(unit, mem, scale, dk_NK, dv_NV):
     last = _Step(unit, mem, scale, unit.all_steps - 1, hidden_warpgroup())
     _wait_rows(last, last.number)
 
-    def product(dq_QE):
-        _queue_rows(last, last.number, dq_QE)
-        _give_rows(last, last.number, dq_QE[...])
+    def product(dq_QC):
+        _queue_rows(last, last.number, dq_QC)
+        _give_rows(last, last.number, dq_QC[...])
 
     pl.run_scoped(product, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
     return dk_NK[...], dv_NV[...]
@@ -406,10 +407,10 @@ def _multiply(step, dk_NK):
     mem, slot = step.mem, slot_of(step.number)
     _wait_rows(step, step.number - 1)
 
-    def products(dq_QE):
-        _queue_rows(step, step.number - 1, dq_QE)
+    def products(dq_QC):
+        _queue_rows(step, step.number - 1, dq_QC)
         plgpu.wgmma(dk_NK, mem.ds_RWNQ.at[slot, step.wg], mem.q_RQK.at[slot])
-        _give_rows(step, step.number - 1, plgpu.wgmma_accumulator_load(dq_QE, wait_n=1))
+        _give_rows(step, step.number - 1, plgpu.wgmma_accumulator_load(dq_QC, wait_n=1))
 
     pl.run_scoped(products, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
 
@@ -418,15 +419,15 @@ def _wait_rows(step, number):
     pl.when(number >= 0)(lambda: plgpu.barrier_wait(step.mem.ds_full.at[slot_of(number + SLOTS)]))
 
 
-def _queue_rows(step, number, dq_QE):
+def _queue_rows(step, number, dq_QC):
     """Half of the columns of what all of the unit's keys send to the rows of the step with this number."""
     mem, slot = step.mem, slot_of(number + SLOTS)
     for w in range(CONSUMERS):
         columns = pl.ds(step.wg * COLUMNS, COLUMNS)
-        plgpu.wgmma(dq_QE, mem.ds_RWNQ.at[slot, w].transpose((1, 0)), mem.k_WNK.at[w, :, columns])
+        plgpu.wgmma(dq_QC, mem.ds_RWNQ.at[slot, w].transpose((1, 0)), mem.k_WNK.at[w, :, columns])
 
 
-def _give_rows(step, number, dq_QE):
+def _give_rows(step, number, dq_QC):
     """Gives a product to the adding warp, unless the step is none."""
     mem, wg, slot = step.mem, step.wg, slot_of(number + SLOTS)
     plgpu.barrier_arrive(mem.ds_empty.at[slot])
@@ -435,6 +436,6 @@ def _give_rows(step, number, dq_QE):
     def _give():
         here = wg * SLOTS + slot
         plgpu.barrier_wait(mem.dq_empty.at[here])
-        mem.dq_RWQE.at[slot, wg][...] = dq_QE
+        mem.dq_RWQC.at[slot, wg][...] = dq_QC
         plgpu.commit_smem()
         plgpu.barrier_arrive(mem.dq_full.at[here])

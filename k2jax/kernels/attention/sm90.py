@@ -53,6 +53,15 @@ def attention(q_BTHK, k_BSGK, v_BSGV, *, scale, segment_ids=None, q_offset=0, nu
     return Attended(out_BTHV[:, :T], lse_BHT[..., :T], max_BH)
 
 
+def working_numbers(q_shape, v_shape, whole):
+    """The numbers of 32 bits that the backward holds beyond inputs and outputs: vectors, and dq where it is added to.
+
+    whole: whether this is one document whose queries lie at the keys' positions.
+    """
+    B, T, H, K = q_shape
+    return B * H * T * (4 + (K if whole and is_best_fused(q_shape, v_shape) else 0))
+
+
 def whole_groups(x_BTHE):
     """x with zeros behind its last token up to a multiple of 8, since copies swizzle rows in groups of eight."""
     return jnp.pad(x_BTHE, ((0, 0), (0, -x_BTHE.shape[1] % 8), (0, 0), (0, 0)))
@@ -92,7 +101,7 @@ def _backward(settings, saved, cotangents):
     scale, _, num_sms, interpret = settings
     q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, starts = saved
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
-    if starts is None and is_best_fused(q_BTHK, v_BSGV):
+    if starts is None and is_best_fused(q_BTHK.shape, v_BSGV.shape):
         return *fused_gradient(scale, own, k_BSGK, v_BSGV, interpret=interpret), None
     block_size, options = padded(k_BSGK.shape[1]), {"starts": starts, "interpret": interpret}
     dq_BTHK = rows_gradient(scale, block_size, *own, k_BSGK, v_BSGV, num_sms=num_sms, **options)

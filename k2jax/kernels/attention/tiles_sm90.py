@@ -3,7 +3,7 @@
 A tile is 128 rows of one query head that read the same block of keys: the block's own rows, which see it causally, or
 rows that chose it, gathered by the caller. Full attention is one block; where documents are packed, or blocks begin
 anywhere, every row of it has a first key (`Starts`). A persistent grid: each block of the GPU walks
-over every num_sms-th tile with three warpgroups. One only starts copies, of rows through one ring in shared memory and
+over its share of the tiles with three warpgroups. One only starts copies, of rows through one ring in shared memory and
 of keys and values through another, ahead of the others and across the ends of tiles. Each of the other two computes 64
 rows in registers (the online softmax of FlashAttention-2, arXiv 2307.08691, algorithm 1 and, for the gradient, section
 3.1.2), then stores them while its next operands already arrive. What a copy reads behind the last token is zero, what

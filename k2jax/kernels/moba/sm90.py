@@ -5,7 +5,8 @@
 3. `attention.tiles_sm90` computes the tiles, and the queries against their own blocks as they lie.
 4. The partial results of a query are gathered back and joined by their log-sum-exp, in the order of its choices.
 Where a text is so short that 2 to 4 take longer than all pairs of its tokens (`is_short`), its forward pass computes
-all of them instead, and every query skips what it did not choose; of a shorter one so does the backward.
+all of them instead, and every query skips what it did not choose; of a shorter one with heads of 128 so does the
+backward.
 The backward recomputes probabilities from the joined log-sum-exp: `attention.keys_gradient_sm90` sums what every query
 that read a block sends back, `attention.tiles_sm90` computes each pair's part of dq, gathered back like the output.
 Nothing is ever added in an order that could change between runs.
@@ -28,6 +29,7 @@ from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.reference import query_positions
 from k2jax.kernels.attention.sm90 import needs_positions, own_rows, starts_at, whole_groups
 from k2jax.kernels.attention.sm90 import refusal as attention_refusal
+from k2jax.kernels.attention.sm90 import working_numbers as full_numbers
 from k2jax.kernels.attention.tiles_sm90 import TILE, Choice, Starts, attend, padded, rows_gradient
 from k2jax.kernels.moba.blocks import Attended, Residuals, layout
 from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN, choose_blocks_sm90
@@ -74,18 +76,23 @@ def moba_attention(
     q_BTHK, k_BSGK, v_BSGV = (whole_groups(x) for x in (q_BTHK, k_BSGK, v_BSGV))
     # A block that somebody chooses is complete and has a token behind it.
     num_blocks = (S - 1) // block_size
-    is_packed = segment_ids is not None or block_size % TILE > 0 or needs_positions(T, S, q_offset)
-    table_blocks = num_blocks if is_packed else -(-S // block_size)
+    packs = is_packed(T, S, block_size, segment_ids, q_offset)
+    table_blocks = num_blocks if packs else -(-S // block_size)
     J = min(top_k - 1, num_blocks)
     settings = Settings(float(scale), block_size, H // G, T, table_blocks, J, num_sms, interpret)
     where = layout(segment_ids, S, block_size)
     history, *candidates = history_blocks(where, segment_ids, S, block_size)
-    packed = _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset) if is_packed else None
+    packed = _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset) if packs else None
     out_BTHV, lse_BHT, max_BH, winner_BHJT = _attention(settings, q_BTHK, k_BSGK, v_BSGV, packed)
     position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset)[:, :T], (B, T))
     own_BT = at_positions(where.block_id_BS, position_BT)
     selected_BHTJ = selection(winner_BHJT[..., :T], own_BT, history.block_id_BN, top_k)
     return Attended(out_BTHV[:, :T], Residuals(lse_BHT[..., :T], max_BH, selected_BHTJ))
+
+
+def is_packed(T, S, block_size, segment_ids, q_offset):
+    """Whether blocks may begin anywhere, or queries do not lie at the keys' positions."""
+    return segment_ids is not None or block_size % TILE > 0 or needs_positions(T, S, q_offset)
 
 
 class Packed(NamedTuple):
@@ -112,10 +119,13 @@ def _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset):
     return Packed(start_BN, first_BT, end_BT, starts, place_BS)
 
 
-def working_numbers(q_shape, v_shape, block_size, top_k):
-    """An estimate of the numbers of 32 bits that the backward holds beyond inputs and outputs."""
+def working_numbers(q_shape, v_shape, block_size, top_k, packs):
+    """An estimate of the numbers of 32 bits that the backward holds beyond inputs and outputs. packs: `is_packed`."""
     (B, T, H, K), V = q_shape, v_shape[3]
-    all_pairs = B * H * T * min(top_k - 1, (T - 1) // block_size)
+    J = min(top_k - 1, (T - 1) // block_size)
+    all_pairs = B * H * T * J
+    if not packs and is_best_fused(q_shape, v_shape) and is_short(T, block_size, J, BACKWARD_KEYS_OF_A_CHOICE):
+        return all_pairs + full_numbers(q_shape, v_shape, whole=True)
     # Gathered q and dout and the parts of dq at 16 bits; for each of all pairs its winner, of those at hand six more.
     pairs = min(all_pairs, PAIRS)
     return pairs * (2 * K + V) // 2 + 6 * pairs + all_pairs + B * H * T * (K + 4)
@@ -178,7 +188,7 @@ def _backward(settings, saved, cotangents):
     scale, T = settings.scale, q_BTHK.shape[1]
     own_block, far_block, own_options, far_options = _call(settings, packed, k_BSGK.shape[1])
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
-    if is_best_fused(q_BTHK, v_BSGV) and _is_dense(settings, T, packed, BACKWARD_KEYS_OF_A_CHOICE):
+    if is_best_fused(q_BTHK.shape, v_BSGV.shape) and _is_dense(settings, T, packed, BACKWARD_KEYS_OF_A_CHOICE):
         choice = _choice(settings, winner_BHJT)
         return *fused_gradient(scale, own, k_BSGK, v_BSGV, choice=choice, interpret=settings.interpret), None
     _, dout_BTHV, lse_BHT, delta_BHT = own
