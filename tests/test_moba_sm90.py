@@ -285,8 +285,8 @@ def test_the_gradient_computes_every_pair_once_where_that_is_faster(monkeypatch,
     on_hopper(monkeypatch)
     called = []
     for room in (full_sm90, sm90):
-        for name in ("fused_gradient", "rows_gradient"):
-            monkeypatch.setattr(room, name, told(called, name, getattr(room, name)))
+        for kernel in ("fused_gradient", "rows_gradient"):
+            monkeypatch.setattr(room, kernel, told(called, kernel, getattr(room, kernel)))
     gradient = jax.grad(lambda *qkv: run(*qkv, **arguments).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     jax.eval_shape(gradient, *call(**changes))
     assert set(called) == {"fused_gradient" if fused else "rows_gradient"}
@@ -323,8 +323,8 @@ def test_short_texts_are_attended_to_as_a_whole():
 def test_the_plan_counts_the_float32_of_a_gradient_that_is_added_to(monkeypatch, arguments, changes, mebibytes):
     on_hopper(monkeypatch)
     plan = moba_attention_plan(*call(B=2, H=16, G=16, **changes), **arguments)
-    told = int(plan.partition("memory: about ")[2].partition(" MiB")[0])
-    assert abs(told / mebibytes - 1) < 0.1
+    counted = int(plan.partition("memory: about ")[2].partition(" MiB")[0])
+    assert abs(counted / mebibytes - 1) < 0.1
 
 
 def test_without_a_hopper_gpu_the_name_is_refused_with_the_reason():

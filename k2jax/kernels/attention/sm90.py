@@ -45,7 +45,7 @@ def attention(q_BTHK, k_BSGK, v_BSGV, *, scale, segment_ids=None, q_offset=0, nu
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
     q_BTHK, k_BSGK, v_BSGV = (whole_groups(x) for x in (q_BTHK, k_BSGK, v_BSGV))
     starts = None
-    if segment_ids is not None or needs_positions(T, S, q_offset):
+    if not is_whole(T, S, segment_ids, q_offset):
         start_BS = jnp.zeros((1, S), jnp.int32) if segment_ids is None else segment_starts(segment_ids)
         starts = starts_at(start_BS, q_BTHK, T, q_offset)
     settings = (float(scale), T, num_sms, interpret)
@@ -56,7 +56,7 @@ def attention(q_BTHK, k_BSGK, v_BSGV, *, scale, segment_ids=None, q_offset=0, nu
 def working_numbers(q_shape, v_shape, whole):
     """The numbers of 32 bits that the backward holds beyond inputs and outputs: vectors, and dq where it is added to.
 
-    whole: whether this is one document whose queries lie at the keys' positions.
+    whole: `is_whole`.
     """
     B, T, H, K = q_shape
     return B * H * T * (4 + (K if whole and is_best_fused(q_shape, v_shape) else 0))
@@ -67,9 +67,9 @@ def whole_groups(x_BTHE):
     return jnp.pad(x_BTHE, ((0, 0), (0, -x_BTHE.shape[1] % 8), (0, 0), (0, 0)))
 
 
-def needs_positions(T, S, q_offset):
-    """Whether queries do not lie at the keys' positions."""
-    return T != S or not isinstance(q_offset, int) or q_offset != 0
+def is_whole(T, S, segment_ids, q_offset):
+    """Whether this is one document whose queries lie at the keys' positions, as far as can be told while tracing."""
+    return segment_ids is None and T == S and isinstance(q_offset, int) and q_offset == 0
 
 
 def starts_at(start_BS, q_BTHK, num_tokens, q_offset):

@@ -27,7 +27,7 @@ from k2jax.kernels.attention.fused_gradient_sm90 import fused_gradient, is_best_
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.reference import query_positions
-from k2jax.kernels.attention.sm90 import needs_positions, own_rows, starts_at, whole_groups
+from k2jax.kernels.attention.sm90 import is_whole, own_rows, starts_at, whole_groups
 from k2jax.kernels.attention.sm90 import refusal as attention_refusal
 from k2jax.kernels.attention.sm90 import working_numbers as full_numbers
 from k2jax.kernels.attention.tiles_sm90 import TILE, Choice, Starts, attend, padded, rows_gradient
@@ -92,7 +92,7 @@ def moba_attention(
 
 def is_packed(T, S, block_size, segment_ids, q_offset):
     """Whether blocks may begin anywhere, or queries do not lie at the keys' positions."""
-    return segment_ids is not None or block_size % TILE > 0 or needs_positions(T, S, q_offset)
+    return block_size % TILE > 0 or not is_whole(T, S, segment_ids, q_offset)
 
 
 class Packed(NamedTuple):
