@@ -47,7 +47,6 @@ dnn_version_info { major: 9  minor: 8 }
 # What differs from `compile_case`'s call.
 CASES = {
     "full": {},
-    "full, above 64K": {"T": 131072},
     "full, heads of 64": {"K": 64, "V": 64},
     "full, grouped heads": {"G": 4},
     "full, documents": {"documents": True},

@@ -30,7 +30,7 @@ import contextlib, functools, io, json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from benchmarks.moba import with_gradients
-from k2jax.kernels.attention import fused_gradient_sm90, sm90 as full
+from k2jax.kernels.attention import shares_sm90, sm90 as full
 from k2jax.kernels.moba import sm90
 from k2jax.kernels.moba.blocks import choose
 from k2jax.kernels.moba.gate_sm90 import choose_blocks_sm90
@@ -46,7 +46,7 @@ def attend(name, how):
     short = {"forward": sm90.FORWARD_KEYS_OF_A_CHOICE, "backward": sm90.BACKWARD_KEYS_OF_A_CHOICE}
     sm90.PAIRS = case[9] or sm90.PAIRS
     sm90.is_short = lambda T, block_size, J, keys: keys in [short[x] for x in how]
-    fused_gradient_sm90.HEADS = 2  # so that there is more than one turn of heads
+    shares_sm90.CACHE_BYTES = 2**17  # so that heads take turns
     options = {"num_sms": 3, "interpret": interpret}
     attention = functools.partial(full.attention, **options)
     call = call_of(name, case, attention, functools.partial(sm90.moba_attention, **options))
@@ -268,7 +268,7 @@ CHOOSING = functools.partial(moba_attention, block_size=128, top_k=8, implementa
 GRADIENTS = {
     "full": (FULL, {}, {}, True),
     "full, 64K": (FULL, {"T": 65536, "S": 65536}, {}, True),
-    "full, longer": (FULL, {"T": 65544, "S": 65544}, {}, False),
+    "full, heads of 64": (FULL, {"K": 64, "V": 64}, {}, False),
     "full, MLA": (FULL, {"K": 192}, {}, False),
     "full, documents": (FULL, {}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, False),
     "full, a chunk of the queries": (FULL, {"T": 1024}, {"q_offset": 3}, False),
@@ -317,7 +317,7 @@ def test_short_texts_are_attended_to_as_a_whole():
         ({"block_size": 65536, "top_k": 1}, {"T": 65536, "S": 65536}, 1032),
         ({"block_size": 128, "top_k": 8}, {"T": 4096, "S": 4096}, 65),
         # Vectors alone, by the gradients of rows and keys.
-        ({"block_size": 2**17, "top_k": 1}, {"T": 2**17, "S": 2**17}, 64),
+        ({"block_size": 2**17, "top_k": 1}, {"T": 2**17, "S": 2**17, "K": 192}, 64),
     ],
 )
 def test_the_plan_counts_the_float32_of_a_gradient_that_is_added_to(monkeypatch, arguments, changes, mebibytes):

@@ -1145,6 +1145,27 @@ KERNELS_MUTANTS = (
         f"{HOPPER_GATE}[fewer tiles than multiprocessors]",
     ),
     Mutant(
+        "one of those who share the tiles gets a second helping",
+        "k2jax/kernels/attention/shares_sm90.py",
+        "table[0, sm], table[1 : 1 + len(share), sm] = len(share), share",
+        "table[0, sm], table[1 : 1 + len(share), sm] = len(table) - 1, share",
+        "tests/test_tile_shares.py::test_every_tile_is_in_one_share",
+    ),
+    Mutant(
+        "all heads are attended to at a time",
+        "k2jax/kernels/attention/shares_sm90.py",
+        "heads = heads_at_a_time(num_key_heads, bytes_of_a_head) * group",
+        "heads = num_key_heads * group",
+        "tests/test_tile_shares.py::test_key_heads_take_turns_and_a_turn_begins_with_the_longest_tiles",
+    ),
+    Mutant(
+        "the next tile is the one after the next",
+        "k2jax/kernels/attention/tiles_sm90.py",
+        "jnp.minimum(here + 2,",
+        "jnp.minimum(here + 3,",
+        f"{HOPPER_IS_EXACT}[full]",
+    ),
+    Mutant(
         "the gate offers a query its own block",
         "k2jax/kernels/moba/gate_sm90.py",
         "(block_QN < end_QN)",

@@ -27,17 +27,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from k2jax.kernels.attention.keys_gradient_sm90 import COLUMN, KEYS, ROWS, UNIT, hidden_warpgroup, keys_seen
+from k2jax.kernels.attention.shares_sm90 import heads_at_a_time
 from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, slot_of, wait_free
 
 SIZE = 128
 COLUMNS = SIZE // CONSUMERS
 SLOTS = 2
-# Key heads at a time: with more of them a head's rows do not stay in the cache from unit to unit, with fewer of them
-# its units wait for each other.
-HEADS = 16
-# For 2 x 16 heads it took 167 ms at 64K, where the gradients of rows and keys took 214; at 128K 898, and on another GPU
-# they took 802.
-MAX_TOKENS = 2**16
 F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 FEW_REGISTERS, MANY_REGISTERS = 24, 240  # The three warpgroups' sum is at most 512.
 
@@ -59,7 +54,9 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
     T, H = own[0].shape[1:3]
     if (T, K, v_BSGV.shape[-1]) != (S, SIZE, SIZE):
         raise ValueError(f"{T} queries of {S} keys of sizes {K}, {v_BSGV.shape[-1]}: built is T = S, sizes {SIZE}")
-    heads = _heads_at_a_time(B * G)
+    # With more of them a head's rows do not stay in the cache from unit to unit, with fewer its units wait for each
+    # other. Those of a key head's query heads follow each other.
+    heads = heads_at_a_time(B * G, 2 * 2 * T * SIZE)
     kernel = plgpu.kernel(
         functools.partial(_kernel, scale=scale, block_size=choice and choice.block_size),
         out_type=(
@@ -107,14 +104,9 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
     return (dq_BHTK * scale).astype(q_BTHK.dtype).swapaxes(1, 2), *keys
 
 
-def is_best_fused(q_shape, v_shape) -> bool:
-    """Whether `fused_gradient` is built for these heads, and the fastest for so many tokens."""
-    return (q_shape[3], v_shape[3]) == (SIZE, SIZE) and q_shape[1] <= MAX_TOKENS
-
-
-def _heads_at_a_time(num_heads):
-    """The least part of all heads that is HEADS or more, so that all turns have as many."""
-    return min((n for n in range(HEADS, num_heads) if num_heads % n == 0), default=num_heads)
+def is_built(q_shape, v_shape) -> bool:
+    """Whether `fused_gradient` is built for these heads."""
+    return (q_shape[3], v_shape[3]) == (SIZE, SIZE)
 
 
 class _Unit:

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from k2jax.kernels.attention.key_heads import KeyHeads
+from k2jax.kernels.attention.shares_sm90 import heads_at_a_time
 from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, slot_of, wait_free
 
 KEYS = 64  # of a warpgroup
@@ -58,13 +59,15 @@ def keys_gradient(
         "chosen": chosen if chosen is None else (*chosen, span_Z2),
     }
     arrays = {name: tuple(given) for name, given in arrays.items() if given is not None}
-    shape = (heads.num_rows, S, heads.num_heads)
+    shape, num_heads = (heads.num_rows, S, heads.num_heads), heads.num_rows * heads.num_heads
+    # Own rows are read by unit after unit. Those of a key head's query heads follow each other.
+    at_a_time = num_heads if own is None else heads_at_a_time(num_heads, 2 * own[0].shape[1] * (K + V))
     kernel = plgpu.kernel(
         functools.partial(_kernel, names=tuple(arrays), scale=scale, block_size=block_size),
         out_type=(jax.ShapeDtypeStruct((*shape, K), dtype), jax.ShapeDtypeStruct((*shape, V), dtype)),
         # The last axis is the fastest. Early keys are read by most rows, so they start first.
-        grid=(-(-S // UNIT), heads.num_rows * heads.num_heads),
-        grid_names=("unit", "head"),
+        grid=(num_heads // at_a_time, -(-S // UNIT), at_a_time),
+        grid_names=("heads", "unit", "head"),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
         kernel_name="keys_gradient",
@@ -109,8 +112,8 @@ class _Unit:
 
     def __init__(self, first_2, k_BSGK, dk_BSGK, block_size, own=None, starts=None, chosen=None):
         S, G = k_BSGK.shape[1:3]
-        num_heads = jnp.int32(dk_BSGK.shape[2])
-        self.result = [op(lax.axis_index("head"), num_heads) for op in (lax.div, lax.rem)]
+        head = lax.axis_index("heads") * lax.axis_size("head") + lax.axis_index("head")
+        self.result = [op(head, jnp.int32(dk_BSGK.shape[2])) for op in (lax.div, lax.rem)]
         self.batch, self.key_head = first_2[0] + self.result[0], first_2[1] + self.result[1]
         self.start = lax.axis_index("unit") * UNIT
         block = lax.div(self.start, jnp.int32(block_size))
@@ -126,7 +129,7 @@ class _Unit:
             self.own_start, self.position, self.own_steps, self.clear_from, self.clear_to = reach
         self.chosen_start, self.chosen_steps = jnp.int32(0), jnp.int32(0)
         if chosen is not None:
-            span, span_Z2 = lax.axis_index("head") * -(-S // block_size) + block, chosen[-1]
+            span, span_Z2 = head * -(-S // block_size) + block, chosen[-1]
             self.chosen_start = span_Z2[span, 0]
             self.chosen_steps = lax.div(span_Z2[span, 1] + (ROWS - 1), jnp.int32(ROWS))
 

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from k2jax.kernels.attention.fused_gradient_sm90 import fused_gradient, is_best_fused
+from k2jax.kernels.attention.fused_gradient_sm90 import fused_gradient, is_built
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.positions import at_positions, segment_starts
 from k2jax.kernels.attention.reference import Attended, query_positions
@@ -59,7 +59,7 @@ def working_numbers(q_shape, v_shape, whole):
     whole: `is_whole`.
     """
     B, T, H, K = q_shape
-    return B * H * T * (4 + (K if whole and is_best_fused(q_shape, v_shape) else 0))
+    return B * H * T * (4 + (K if whole and is_built(q_shape, v_shape) else 0))
 
 
 def whole_groups(x_BTHE):
@@ -101,7 +101,7 @@ def _backward(settings, saved, cotangents):
     scale, _, num_sms, interpret = settings
     q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, starts = saved
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
-    if starts is None and is_best_fused(q_BTHK.shape, v_BSGV.shape):
+    if starts is None and is_built(q_BTHK.shape, v_BSGV.shape):
         return *fused_gradient(scale, own, k_BSGK, v_BSGV, interpret=interpret), None
     block_size, options = padded(k_BSGK.shape[1]), {"starts": starts, "interpret": interpret}
     dq_BTHK = rows_gradient(scale, block_size, *own, k_BSGK, v_BSGV, num_sms=num_sms, **options)

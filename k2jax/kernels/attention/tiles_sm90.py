@@ -11,7 +11,7 @@ it writes there is dropped.
 
 Legend: B batch, T queries = S keys, H query heads, G key heads, P gathered rows (Y tiles of 128), K query/key size, V
 value size, C keys of a block, D blocks, Q rows of a warpgroup, W warpgroups, N keys of a step, R ring slots, E
-words of a choice.
+words of a choice, L places of a share, M multiprocessors.
 """
 
 import dataclasses
@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from k2jax.kernels.attention.shares_sm90 import shares_of_tiles
 
 # What the tensor memory accelerator copies at once: rows of 128 bytes, swizzled in groups of eight.
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -128,7 +130,7 @@ def attend(
             "out_free": plgpu.Barrier(num_barriers=CONSUMERS),
         },
     )
-    return kernel(*_tables(block_Y, used_1, starts, choice), q, k_BSGK, v_BSGV)
+    return kernel(*_tables(block_Y, used_1, starts, choice), work.shares(num_sms, V), q, k_BSGK, v_BSGV)
 
 
 def rows_gradient(
@@ -163,7 +165,7 @@ def rows_gradient(
             "k_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
         },
     )
-    return kernel(*_tables(block_Y, used_1, starts), q, dout, lse, delta, k_BSGK, v_BSGV)
+    return kernel(*_tables(block_Y, used_1, starts), work.shares(num_sms, V), q, dout, lse, delta, k_BSGK, v_BSGV)
 
 
 # --- what both kernels share --------------------------------------------------------------------------------------
@@ -188,12 +190,17 @@ def _tables(block_Y, used_1, starts, choice=None):
     return (jnp.zeros(1, jnp.int32),) * 2 if block_Y is None else (block_Y, used_1)
 
 
+def _blocks(num_sms):
+    """Of the GPU, that run at a time."""
+    return jax.devices()[0].core_count if num_sms is None else num_sms
+
+
 def _persistent(name, body, *, out_type, num_sms, interpret, scratch):
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(jax.devices()[0].core_count if num_sms is None else num_sms,),
+        grid=(_blocks(num_sms),),
         grid_names=("sm",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
@@ -226,12 +233,22 @@ class _Work:
     """Which tiles there are, and in which order."""
 
     def __init__(self, q, k_BSGK, block_size, step, has_starts, num_keys, choice_size=None):
-        self.num_batch, self.length, self.num_key_heads = k_BSGK.shape[:3]
+        self.num_batch, self.length, self.num_key_heads, self.key_size = k_BSGK.shape
         self.num_rows, self.num_heads = q.shape[1:3] if q.ndim == 4 else (0, None)  # None: rows that chose their block
         self.block_size, self.step, self.has_starts, self.choice_size = block_size, step, has_starts, choice_size
         self.num_keys = block_size if num_keys is None else num_keys
 
-    def walk(self, table, table_2, body):
+    def shares(self, num_sms, value_size):
+        """Of rows that read their own block, `shares_of_tiles`; where documents begin is not known, so not counted."""
+        if self.num_heads is None:
+            return jnp.zeros((1, 1), jnp.int32)
+        rows = range(0, padded(self.num_rows), TILE)
+        steps = tuple((row % self.block_size + TILE - 1) // self.step + 1 for row in rows)
+        bytes_of_a_head = 2 * self.length * (self.key_size + value_size)
+        num_key_heads, group = self.num_batch * self.num_key_heads, self.num_heads // self.num_key_heads
+        return jnp.asarray(shares_of_tiles(num_key_heads, group, steps, bytes_of_a_head, _blocks(num_sms)))
+
+    def walk(self, table, table_2, share_LM, body):
         """body(number here, tile, steps so far) for each tile of ours. All warpgroups count the same."""
 
         def one(here, number, so_far):
@@ -246,13 +263,11 @@ class _Work:
         if self.num_heads is None:
             walk_share(table_2[0], one)
         else:
-            walk_share(self.num_batch * self.num_heads * (padded(self.num_rows) // TILE), one)
+            walk_given(share_LM, one)
 
     def _own(self, number, start_BT, span_BY3, word_EBHT):
-        # The last rows of all heads first: where they see all earlier ones, those are the longest tiles.
-        batch_head, tiles_behind = split(number, self.num_batch * self.num_heads)
+        tile, batch_head = split(number, padded(self.num_rows) // TILE)
         head, batch = split(batch_head, self.num_heads)
-        tile = padded(self.num_rows) // TILE - 1 - tiles_behind
         first_row, N = tile * TILE, jnp.int32(self.step)
         block = lax.div(first_row, jnp.int32(self.block_size))
         key_head = lax.div(head, jnp.int32(self.num_heads // self.num_key_heads))
@@ -363,6 +378,19 @@ def walk_share(total, body):
     lax.fori_loop(0, share, lambda here, so_far: body(here, here * stride + place(here), so_far), jnp.int32(0))
 
 
+def walk_given(share_LM, body):
+    """The same for the tiles that `shares_of_tiles` gives to this multiprocessor."""
+    sm = lax.axis_index("sm")
+
+    def one(here, carry):
+        number, so_far = carry
+        # Read well before it is needed.
+        following = share_LM[jnp.minimum(here + 2, share_LM.shape[0] - 1), sm]
+        return following, body(here, number, so_far)
+
+    lax.fori_loop(0, share_LM[0, sm], one, (share_LM[1, sm], jnp.int32(0)))
+
+
 def split(number, inner):
     """(inner index, outer index) of a number that counts outer, inner."""
     return lax.rem(number, jnp.int32(inner)), lax.div(number, jnp.int32(inner))
@@ -378,7 +406,7 @@ def wait_free(number, empty, slots=SLOTS):
         plgpu.barrier_wait(empty.at[slot_of(number, slots)])
 
 
-def _stream(work, table, table_2, rows, row_barriers, keys):
+def _stream(work, tables, rows, row_barriers, keys):
     """Copies the rows of every tile, (array, ring) each, and then its keys step by step, (array, ring, full, empty).
 
     empty is None where a ring shares the barriers of the one before.
@@ -401,7 +429,7 @@ def _stream(work, table, table_2, rows, row_barriers, keys):
                     wait_free(number, keys_empty)
                 plgpu.copy_gmem_to_smem(tile.keys_of(array, i * N, N), ring.at[slot], keys_full.at[slot])
 
-    work.walk(table, table_2, one)
+    work.walk(*tables, one)
 
 
 def _over(row_Q, shape):
@@ -416,17 +444,17 @@ def _filled(value, shape, layout):
 
 
 def _attend_kernel(
-    table, table_2, q, k_BSGK, v_BSGV, out, lse, largest, *, work, scale, q_RWQK, k_RNK, v_RNV, out_WQV, lse_WQ,
-    max_WQ, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, out_free,
+    table, table_2, share_LM, q, k_BSGK, v_BSGV, out, lse, largest, *, work, scale, q_RWQK, k_RNK, v_RNV, out_WQV,
+    lse_WQ, max_WQ, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, out_free,
 ):  # fmt: skip
-    wg = lax.axis_index("wg")
+    wg, tables = lax.axis_index("wg"), (table, table_2, share_LM)
 
     @pl.when(wg == PRODUCER)
     def _produce():
         plgpu.set_max_registers(40, action="decrease")
 
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, v_full, v_empty)]
-        _stream(work, table, table_2, [(q, q_RWQK)], (q_full, q_empty), keys)
+        _stream(work, tables, [(q, q_RWQK)], (q_full, q_empty), keys)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -460,7 +488,7 @@ def _attend_kernel(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(out_free.at[1 - wg])
 
-        work.walk(table, table_2, one)
+        work.walk(*tables, one)
 
         @pl.when(wg == 0)
         def _last():
@@ -582,10 +610,10 @@ def _soften(carry, seen_QN, chosen_Q, scale, dtype):
 
 
 def _rows_gradient_kernel(
-    table, table_2, q, dout, lse, delta, k_BSGK, v_BSGV, dq, *, work, scale, q_RWQK, dout_RWQV, k_RNK, v_RNV, dq_WQK,
-    q_full, q_empty, k_full, k_empty,
+    table, table_2, share_LM, q, dout, lse, delta, k_BSGK, v_BSGV, dq, *, work, scale, q_RWQK, dout_RWQV, k_RNK, v_RNV,
+    dq_WQK, q_full, q_empty, k_full, k_empty,
 ):  # fmt: skip
-    wg = lax.axis_index("wg")
+    wg, tables = lax.axis_index("wg"), (table, table_2, share_LM)
     K, N, slots, dtype = q.shape[-1], work.step, q_RWQK.shape[0], q.dtype
 
     @pl.when(wg == PRODUCER)
@@ -593,7 +621,7 @@ def _rows_gradient_kernel(
         plgpu.set_max_registers(40, action="decrease")
 
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, k_full, None)]
-        _stream(work, table, table_2, [(q, q_RWQK), (dout, dout_RWQV)], (q_full, q_empty), keys)
+        _stream(work, tables, [(q, q_RWQK), (dout, dout_RWQV)], (q_full, q_empty), keys)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -636,5 +664,5 @@ def _rows_gradient_kernel(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dq_WQK.at[wg], tile.rows_of(dq, wg * ROWS, ROWS))
 
-        work.walk(table, table_2, one)
+        work.walk(*tables, one)
         plgpu.wait_smem_to_gmem(0)

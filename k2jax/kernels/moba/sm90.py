@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from k2jax.kernels.attention.fused_gradient_sm90 import fused_gradient, is_best_fused
+from k2jax.kernels.attention.fused_gradient_sm90 import fused_gradient, is_built
 from k2jax.kernels.attention.keys_gradient_sm90 import keys_gradient
 from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.reference import query_positions
@@ -47,8 +47,8 @@ from k2jax.kernels.moba.pairs import (
 )
 from k2jax.kernels.moba.routing import history_blocks
 
-# Pairs whose gathered queries and partial results are in memory at once: 8 GiB at 2 * 256 bytes each, 12 backward.
-PAIRS = 2**24
+# Pairs whose gathered queries and partial results are in memory at once: 4 GiB at 2 * 256 bytes each, 6 backward.
+PAIRS = 2**23
 # On a Hopper GPU a choice costs, beside its keys, as much as this many keys of a query in full attention.
 FORWARD_KEYS_OF_A_CHOICE = 768
 BACKWARD_KEYS_OF_A_CHOICE = 256
@@ -124,7 +124,7 @@ def working_numbers(q_shape, v_shape, block_size, top_k, packs):
     (B, T, H, K), V = q_shape, v_shape[3]
     J = min(top_k - 1, (T - 1) // block_size)
     all_pairs = B * H * T * J
-    if not packs and is_best_fused(q_shape, v_shape) and is_short(T, block_size, J, BACKWARD_KEYS_OF_A_CHOICE):
+    if not packs and is_built(q_shape, v_shape) and is_short(T, block_size, J, BACKWARD_KEYS_OF_A_CHOICE):
         return all_pairs + full_numbers(q_shape, v_shape, whole=True)
     # Gathered q and dout and the parts of dq at 16 bits; for each of all pairs its winner, of those at hand six more.
     pairs = min(all_pairs, PAIRS)
@@ -188,7 +188,7 @@ def _backward(settings, saved, cotangents):
     scale, T = settings.scale, q_BTHK.shape[1]
     own_block, far_block, own_options, far_options = _call(settings, packed, k_BSGK.shape[1])
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
-    if is_best_fused(q_BTHK.shape, v_BSGV.shape) and _is_dense(settings, T, packed, BACKWARD_KEYS_OF_A_CHOICE):
+    if is_built(q_BTHK.shape, v_BSGV.shape) and _is_dense(settings, T, packed, BACKWARD_KEYS_OF_A_CHOICE):
         choice = _choice(settings, winner_BHJT)
         return *fused_gradient(scale, own, k_BSGK, v_BSGV, choice=choice, interpret=settings.interpret), None
     _, dout_BTHV, lse_BHT, delta_BHT = own
