@@ -153,23 +153,23 @@ class _Unit:
         return turns.at[(self.batch * self.num_heads + self.head_of(r)) * self.tiles + self.tile_of(step)]
 
     def walk(self, body):
-        """body(query head of the key head, step, steps before it) for all steps."""
-
-        @pl.loop(0, self.group)
-        def _head(r):
-            pl.loop(0, self.steps)(lambda i: body(r, i, r * self.steps + i))
+        """body(query head of the key head, tile behind the last one, number of the step) for all steps."""
+        pl.loop(0, self.all_steps)(lambda number: body(*self._place(number), number))
 
     def walk_rows(self, body):
-        """body(step, steps before it, whether some of its rows miss keys) for all steps."""
-
+        """body(tile behind the last one, number of the step, whether some of its rows miss keys) for all steps."""
         # A 0 of which the compiler does not know that it is one. Otherwise it clears registers in every clear step,
         # where a product could begin without them, and waits for all products first (jax 0.11.2, CUDA 13.0).
-        first = lax.optimization_barrier(jnp.int32(0))
+        first, clear_to = lax.optimization_barrier(jnp.int32(0)), self.clear_to * self.group
+        for masked, begin, end in ((False, first, clear_to), (True, clear_to, self.all_steps)):
+            step = functools.partial(lambda number, masked: body(self._place(number)[1], number, masked), masked=masked)
+            pl.loop(begin, end)(step)
 
-        @pl.loop(0, self.group)
-        def _head(r):
-            pl.loop(first, self.clear_to)(lambda i: body(i, r * self.steps + i, masked=False))
-            pl.loop(self.clear_to, self.steps)(lambda i: body(i, r * self.steps + i, masked=True))
+    def _place(self, number):
+        """All heads of a tile of rows, then the next: all units read the same rows at about the same time. If each head
+        were one walk, short units would wait at its end for the longest, whose turn comes first at the next head.
+        """
+        return lax.rem(number, jnp.int32(self.group)), lax.div(number, jnp.int32(self.group))
 
 
 class _Shared(NamedTuple):
