@@ -55,7 +55,7 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
     if (T, K, v_BSGV.shape[-1]) != (S, SIZE, SIZE):
         raise ValueError(f"{T} queries of {S} keys of sizes {K}, {v_BSGV.shape[-1]}: built is T = S, sizes {SIZE}")
     # With more of them a head's rows do not stay in the cache from unit to unit, with fewer its units wait for each
-    # other. Those of a key head's query heads follow each other.
+    # other. Of grouped heads, one query head's rows count: units walk close behind each other, so few lie between them.
     heads = heads_at_a_time(B * G, 2 * 2 * T * SIZE)
     kernel = plgpu.kernel(
         functools.partial(_kernel, scale=scale, block_size=choice and choice.block_size),
