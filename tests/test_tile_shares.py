@@ -21,6 +21,7 @@ def listed(table):
         (1, 1, (3, 2, 1), 1, 7),
         (4, 2, (1,) * 9, 2 * CACHE_BYTES, 5),
     ],
+    ids=["grouped heads", "heads that do not fill the cache", "more multiprocessors than tiles", "equal tiles"],
 )
 def test_every_tile_is_in_one_share(key_heads, group, steps, bytes_of_a_head, num_sms):
     shares = listed(shares_of_tiles(key_heads, group, steps, bytes_of_a_head, num_sms))
