@@ -1,6 +1,6 @@
 """Full causal attention on Hopper GPUs: the tiles and gradients of one block that holds all keys.
 
-The gradient computes every pair of tokens once where `fused_gradient` is best, elsewhere twice: for queries, for keys.
+The gradient computes every pair of tokens once where `fused_gradient` is built, elsewhere twice: for queries, for keys.
 
 Legend: B batch, T queries = S keys, H query heads, G key heads, K query/key size, V value size. Vectors [B, H, T] are
 rounded up to whole tiles inside.

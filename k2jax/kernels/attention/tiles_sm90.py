@@ -190,8 +190,8 @@ def _tables(block_Y, used_1, starts, choice=None):
     return (jnp.zeros(1, jnp.int32),) * 2 if block_Y is None else (block_Y, used_1)
 
 
-def _blocks(num_sms):
-    """Of the GPU, that run at a time."""
+def blocks_at_a_time(num_sms):
+    """How many blocks of the GPU run at a time; None: as many as the default device has multiprocessors."""
     return jax.devices()[0].core_count if num_sms is None else num_sms
 
 
@@ -200,7 +200,7 @@ def _persistent(name, body, *, out_type, num_sms, interpret, scratch):
         body,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(_blocks(num_sms),),
+        grid=(blocks_at_a_time(num_sms),),
         grid_names=("sm",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
@@ -246,7 +246,7 @@ class _Work:
         steps = tuple((row % self.block_size + TILE - 1) // self.step + 1 for row in rows)
         bytes_of_a_head = 2 * self.length * (self.key_size + value_size)
         num_key_heads, group = self.num_batch * self.num_key_heads, self.num_heads // self.num_key_heads
-        return jnp.asarray(shares_of_tiles(num_key_heads, group, steps, bytes_of_a_head, _blocks(num_sms)))
+        return jnp.asarray(shares_of_tiles(num_key_heads, group, steps, bytes_of_a_head, blocks_at_a_time(num_sms)))
 
     def walk(self, table, table_2, share_LM, body):
         """body(number here, tile, steps so far) for each tile of ours. All warpgroups count the same."""

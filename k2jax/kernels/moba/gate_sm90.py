@@ -23,6 +23,7 @@ from k2jax.kernels.attention.tiles_sm90 import (
     SLOTS,
     TILE,
     TRANSFORMS,
+    blocks_at_a_time,
     padded,
     slot_of,
     split,
@@ -58,7 +59,7 @@ def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, first_BT, end_BT, *, n
     kernel = plgpu.kernel(
         _kernel,
         out_type=jax.ShapeDtypeStruct((B, H, num_chosen, padded(T)), jnp.int32),
-        grid=(jax.devices()[0].core_count if num_sms is None else num_sms,),
+        grid=(blocks_at_a_time(num_sms),),
         grid_names=("sm",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
