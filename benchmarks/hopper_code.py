@@ -52,6 +52,7 @@ CASES = {
     "full, documents": {"documents": True},
     "full, MLA": {"K": 192},
     "MoBA": {"T": 16384, "sparse": True},
+    "MoBA, 64 blocks": {"T": 16384, "sparse": True, "top_k": 64},
     "MoBA, short": {"T": 8192, "sparse": True},
     "MoBA, shorter": {"sparse": True},
     "MoBA, documents": {"T": 16384, "sparse": True, "documents": True},
@@ -104,7 +105,9 @@ def compile_only_device(cuda: Path):
     return device
 
 
-def compile_case(device, dump: Path, *, T=4096, G=16, K=128, V=128, sparse=False, documents=False) -> list[dict]:
+def compile_case(
+    device, dump: Path, *, T=4096, G=16, K=128, V=128, sparse=False, top_k=8, documents=False
+) -> list[dict]:
     """What the compiler said of each kernel in one op's forward and backward, as `read`; empties the folder `dump`.
 
     Batch 2, T tokens, 16 query heads, G key heads of size K, values of size V.
@@ -113,7 +116,7 @@ def compile_case(device, dump: Path, *, T=4096, G=16, K=128, V=128, sparse=False
     if documents:
         settings["segment_ids"] = jnp.broadcast_to(jnp.arange(T) // (T // 4), (2, T))
     if sparse:
-        settings |= {"block_size": 128, "top_k": 8}
+        settings |= {"block_size": 128, "top_k": top_k}
     op = moba.moba_attention if sparse else attention.attention
 
     def forward_and_backward(q, k, v, dout):

@@ -129,8 +129,7 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
     elif implementation == "full-xla":
         numbers = 2 * B * H * S * min(T, 512)
     elif implementation == "full-sm90":
-        whole = full_sm90.is_whole(T, S, segment_ids, q_offset)
-        numbers = full_sm90.working_numbers(q.shape, v.shape, whole)
+        numbers = full_sm90.working_numbers(q.shape, v.shape)
     else:
         numbers = 3 * B * H * T * S
     return (

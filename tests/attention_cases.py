@@ -36,6 +36,7 @@ QUERIES = {
     "a chunk of the queries": (204, 411),
     "a chunk of the queries of documents": (204, [17, 411]),
     "full, a chunk of the queries": (300, [10, 320]),
+    "full, queries in a cache with room": (300, [10, 320]),
 }
 
 

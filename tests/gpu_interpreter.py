@@ -2,17 +2,22 @@
 
 A wgmma whose left operand is in registers: it reads both from shared memory. `pl.run_state` of accumulators with first
 values: it knows scoped ones alone. Copies that add to global memory. Semaphores in global memory, as which it has
-none: whoever waits for a block that started before is let through, since it runs blocks one after the other. `patch()`
-adds these; everything else is the interpreter's.
+none: whoever waits for another block is let through, since it runs blocks one after the other. What a
+warp asks its threads: all of a warpgroup's are asked. Rows that are gathered: whole, into the array alone.
+`patch()` adds these; everything else is the interpreter's.
 """
 
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as interpreter
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from k2jax.kernels.attention import gather_sm90, pace_sm90
+from k2jax.kernels.moba import gate_sm90
 
 
 def patch():
@@ -21,6 +26,13 @@ def patch():
     pl.run_state = _run_state
     pl.get_global = _Semaphores
     plgpu.semaphore_wait = plgpu.semaphore_signal = lambda *_, **__: None
+    pace_sm90.linger = lambda *_: None
+    gate_sm90.any_of_warp = lambda row_Q: jnp.any(row_Q > 0)
+    gather_sm90.with_lines, gather_sm90.views = (lambda tiled: tiled), (lambda ring, gathers: (ring, None))
+    gather_sm90.barrier_scratch = lambda slots: plgpu.Barrier(num_arrivals=gather_sm90.WARPS, num_barriers=slots)
+    gather_sm90.begin = lambda *_: None
+    gather_sm90.wait = lambda full, number, slots: plgpu.barrier_wait(full.at[jax.lax.rem(number, jnp.int32(slots))])
+    gather_sm90.copy_rows = _copy_rows
 
 
 def _access(memory, arguments, name):
@@ -75,6 +87,20 @@ class _Semaphores:
 
     def __getitem__(self, index):
         return self
+
+
+def _copy_rows(arrays, index_P, first, count, place, full, slot):
+    """All of a warp's rows at once, which lie side by side in the ring: every access is a call of NumPy."""
+    index_I = index_P[pl.ds(first, count)]
+    for array_XE, ring, _ in arrays:
+        *leading, rows, _ = ring.shape
+        assert rows % count == 0
+        where, at = [pl.ds(jax.lax.rem(place, jnp.int32(rows)), count)], jax.lax.div(place, jnp.int32(rows))
+        for length in reversed(leading):
+            where.insert(0, jax.lax.rem(at, jnp.int32(length)))
+            at = jax.lax.div(at, jnp.int32(length))
+        ring[tuple(where)] = jnp.take(array_XE[...], index_I, axis=0, mode="fill", fill_value=0)
+    plgpu.barrier_arrive(full.at[slot])
 
 
 def _copy_smem_to_gmem(original):

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import moba as moba_benchmark
 from k2jax.config import load_config
-from k2jax.kernels.attention import attention, sm90
+from k2jax.kernels.attention import attention, shares_sm90, sm90
 from k2jax.kernels.symmetric_matmul import symmetric_matmul
 from k2jax.moba_pallas import moba_attention
 from k2jax.muonclip import NS, orthogonalize
@@ -125,6 +125,22 @@ def test_units_wait_for_each_other_over_many_waves_of_blocks():
         assert (x == y).all()
         x, z = (a.astype(jnp.float32) for a in (x, z))
         assert jnp.linalg.norm(x - z) / jnp.linalg.norm(z) < 5e-3
+
+
+def test_multiprocessors_that_keep_pace_give_the_same_bits_and_go_on_without_who_does_not_come(monkeypatch):
+    q, k, v, _ = moba_benchmark.inputs(1, 2**17, 2, 1)
+    assert not shares_sm90.fits_into_cache(2 * k.shape[1] * 2 * k.shape[3])
+
+    def run(**options):
+        return jax.jit(lambda *x: sm90.attend(0.1, x[1].shape[1], *x, **options))(q, k, v)
+
+    paced = run()
+    # Of twice as many blocks as fit onto the GPU, half begin when the others, which wait for them, are done.
+    crowded = run(num_sms=2 * jax.devices()[0].core_count)
+    monkeypatch.setattr(shares_sm90, "CACHE_BYTES", 2**40)
+    for x, y, z in zip(paced, crowded, run(), strict=True):
+        assert (x == y).all()
+        assert (x == z).all()
 
 
 @pytest.mark.parametrize("kind", ["full", "moba"])

@@ -15,6 +15,7 @@ import k2jax.moba_pallas as moba_pallas
 from k2jax.kernels import attention as attention_room
 from k2jax.kernels.attention import attention
 from k2jax.kernels.attention import sm90 as full_sm90
+from k2jax.kernels.attention.gather_sm90 import LINE, line_number
 from k2jax.kernels.moba import sm90
 from k2jax.kernels.moba.gate_sm90 import choose_blocks_sm90
 from k2jax.kernels.moba.grouping import group, num_tiles
@@ -46,7 +47,7 @@ def attend(name, how):
     short = {"forward": sm90.FORWARD_KEYS_OF_A_CHOICE, "backward": sm90.BACKWARD_KEYS_OF_A_CHOICE}
     sm90.PAIRS = case[9] or sm90.PAIRS
     sm90.is_short = lambda T, block_size, J, keys: keys in [short[x] for x in how]
-    shares_sm90.CACHE_BYTES = 2**17  # so that heads take turns
+    shares_sm90.CACHE_BYTES = 2**16  # so that heads take turns and blocks keep pace
     options = {"num_sms": 3, "interpret": interpret}
     attention = functools.partial(full.attention, **options)
     call = call_of(name, case, attention, functools.partial(sm90.moba_attention, **options))
@@ -56,10 +57,13 @@ def attend(name, how):
     return distances(name, case, got) | {"race": said.getvalue().partition("RACE")[2][:1000]}
 
 def gate(case):
-    B, T, H, G, C, chosen, dtype = case
+    B, T, H, G, C, chosen, dtype, *odd = case
     D = -(-T // C)
     rng = np.random.default_rng(0)
     q, mean = (jnp.asarray(rng.integers(-1, 2, shape), dtype) for shape in ((B, T, H, 64), (B, D, G, 64)))
+    for block, number in odd:  # of every query: with either sign
+        q = q.at[..., 0].set(1 - 2 * (jnp.arange(T)[:, None] % 2))
+        mean = mean.at[:, block, :, 0].set(number)
     # The first choices of every query are closed to it, as another document's blocks are.
     first = jnp.broadcast_to(jnp.arange(T) // (8 * C) * 2, (B, T))
     end = jnp.broadcast_to(jnp.arange(T) // C, (B, T))
@@ -81,6 +85,8 @@ FUSED = {
     "full, two units, grouped heads": (1, 200, 2, 1, 128, 128, None, None, "bfloat16", None),
     "full, a unit of one step": (1, 150, 1, 1, 128, 128, None, None, "bfloat16", None),
     "full, heads and batch rows": (2, 301, 4, 2, 128, 128, None, None, "float16", None),
+    "full, documents of grouped heads": (2, 601, 2, 1, 128, 128, None, None, "bfloat16", None, 37, 290, 300, 301),
+    "full, queries in a cache with room": (2, 620, 2, 1, 128, 128, None, None, "float16", None, 300),
 }
 SHORT_FUSED = {
     "a tile and a half, grouped heads": ATTENDS["a tile and a half, grouped heads"],
@@ -92,8 +98,10 @@ QUICK = {"a tile and a half, grouped heads", "full", "packed documents", "full, 
 GATES = {
     "ties": (1, 600, 2, 1, 16, 3, "bfloat16"),
     "more than a step of blocks": (1, 1200, 1, 1, 8, 7, "float16"),
+    "63 of a few more": (1, 600, 1, 1, 8, 63, "bfloat16"),
     "one of a few": (2, 300, 1, 1, 128, 1, "bfloat16"),
     "fewer tiles than multiprocessors": (1, 200, 1, 1, 16, 3, "bfloat16"),
+    "infinities": (1, 600, 2, 1, 16, 3, "bfloat16", (5, np.inf), (20, -np.inf)),
 }
 
 
@@ -270,8 +278,8 @@ GRADIENTS = {
     "full, 64K": (FULL, {"T": 65536, "S": 65536}, {}, True),
     "full, heads of 64": (FULL, {"K": 64, "V": 64}, {}, False),
     "full, MLA": (FULL, {"K": 192}, {}, False),
-    "full, documents": (FULL, {}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, False),
-    "full, a chunk of the queries": (FULL, {"T": 1024}, {"q_offset": 3}, False),
+    "full, documents": (FULL, {}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, True),
+    "full, a chunk of the queries": (FULL, {"T": 1024}, {"q_offset": 3}, True),
     "MoBA, short": (CHOOSING, {}, {}, True),
     "MoBA, 8K": (CHOOSING, {"T": 8192, "S": 8192}, {}, False),
     "MoBA, heads of 64": (CHOOSING, {"K": 64, "V": 64}, {}, False),
@@ -300,12 +308,22 @@ def told(called, name, function):
     return tell
 
 
+@pytest.mark.parametrize("size", [64, 128, 192])
+def test_a_row_is_copied_to_where_tiles_have_it(size):
+    rows, columns = np.arange(32 * size).reshape(32, size), size // LINE
+    lines = rows.reshape(4, 8, columns, LINE).swapaxes(1, 2).reshape(-1, LINE)  # as TRANSFORMS tile it
+    for place in range(32):
+        for c in range(columns):
+            line = line_number(jnp.int32(place), c, columns)
+            assert (lines[line] == rows[place, c * LINE : (c + 1) * LINE]).all()
+
+
 def test_short_texts_are_attended_to_as_a_whole():
     forward, backward = sm90.FORWARD_KEYS_OF_A_CHOICE, sm90.BACKWARD_KEYS_OF_A_CHOICE
-    assert sm90.is_short(8192, 128, 7, forward)
-    assert not sm90.is_short(16384, 128, 7, forward)
+    assert sm90.is_short(6144, 128, 7, forward)
+    assert not sm90.is_short(8192, 128, 7, forward)
     assert sm90.is_short(4096, 128, 7, backward)
-    assert not sm90.is_short(8192, 128, 7, backward)
+    assert not sm90.is_short(6144, 128, 7, backward)
     assert not sm90.is_short(128, 128, 0, forward)
     assert not sm90.is_short(129 * 128, 128, 40, forward)  # more blocks than there are bits
 

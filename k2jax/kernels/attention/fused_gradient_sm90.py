@@ -1,4 +1,4 @@
-"""The gradient of full causal attention for Hopper, in Pallas Mosaic GPU: dq, dk and dv from five products.
+"""The gradient of full attention for Hopper, in Pallas Mosaic GPU: dq, dk and dv from five products.
 
 A block of the GPU takes 128 keys and values of one key head, half of them for each of two warpgroups, and keeps their
 gradients in registers while rows of every query head stream past them, 64 at a time, the last rows first. Logits and
@@ -13,8 +13,8 @@ in the order of the units, so that the order of every sum is fixed; the fourth w
 only for one of a lower number: GPUs start blocks in the order of their numbers, so none waits forever, though CUDA does
 not promise that order.
 
-Legend: B batch, T queries = S keys, H query heads, G key heads, K = V query/key/value size, N keys of a warpgroup,
-W warpgroups, Q rows of a step, C columns of dq of a warpgroup, R ring slots, E words of a choice.
+Legend: B batch, T queries, S keys, H query heads, G key heads, K = V query/key/value size, N keys of a warpgroup, W
+warpgroups, Q rows of a step, Y their tiles, C columns of dq of a warpgroup, R ring slots, E words of a choice.
 """
 
 import functools
@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from k2jax.kernels.attention.keys_gradient_sm90 import COLUMN, KEYS, ROWS, UNIT, hidden_warpgroup, keys_seen
+from k2jax.kernels.attention.keys_gradient_sm90 import COLUMN, KEYS, ROWS, UNIT, hidden_warpgroup, keys_seen, reach
 from k2jax.kernels.attention.shares_sm90 import heads_at_a_time
 from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, slot_of, wait_free
 
@@ -37,14 +37,16 @@ F32_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 FEW_REGISTERS, MANY_REGISTERS = 24, 240  # The three warpgroups' sum is at most 512.
 
 
-def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
-    """dq, dk and dv of full causal attention, or of its part that queries chose.
+def fused_gradient(scale, own, k_BSGK, v_BSGV, *, starts=None, choice=None, interpret=None):
+    """dq, dk and dv of full attention, or of its part that queries chose.
 
     Args:
       scale: of the logits.
       own: (q_BTHK, dout_BTHV, lse_BHT, delta_BHT), as for `tiles_sm90.rows_gradient`. The vectors are rounded up to
         whole tiles of 128 rows; lse is +inf behind the last query.
       k_BSGK, v_BSGV: bfloat16 or float16, K = V = 128.
+      starts: the first key of every query, and where they lie if they are not as many as the keys, as in
+        `tiles_sm90.attend`.
       choice: which blocks the queries see, as for `tiles_sm90.attend`; None for all.
       interpret: as in `tiles_sm90.attend`.
 
@@ -52,13 +54,15 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
     """
     (B, S, G, K), dtype = k_BSGK.shape, k_BSGK.dtype
     T, H = own[0].shape[1:3]
-    if (T, K, v_BSGV.shape[-1]) != (S, SIZE, SIZE):
-        raise ValueError(f"{T} queries of {S} keys of sizes {K}, {v_BSGV.shape[-1]}: built is T = S, sizes {SIZE}")
+    if (K, v_BSGV.shape[-1]) != (SIZE, SIZE) or (starts is None and T != S):
+        raise ValueError(f"{T} queries of {S} keys of sizes {K}, {v_BSGV.shape[-1]}: built are sizes {SIZE}, T = S")
+    if not (starts is None or choice is None):
+        raise ValueError("starts and a choice: one of both is built")
     # With more of them a head's rows do not stay in the cache from unit to unit, with fewer its units wait for each
     # other. Of grouped heads, one query head's rows count: units walk close behind each other, so few lie between them.
     heads = heads_at_a_time(B * G, 2 * 2 * T * SIZE)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, scale=scale, block_size=choice and choice.block_size),
+        functools.partial(_kernel, scale=scale, block_size=choice and choice.block_size, has_starts=starts is not None),
         out_type=(
             jax.ShapeDtypeStruct((B, H, T, K), jnp.float32),
             *(jax.ShapeDtypeStruct(k_BSGK.shape, dtype) for _ in range(2)),
@@ -78,9 +82,9 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
             "ds_RWNQ": plgpu.SMEM((SLOTS, CONSUMERS, KEYS, ROWS), dtype, transforms=TRANSFORMS),
             "dq_RWQC": plgpu.SMEM((SLOTS, CONSUMERS, ROWS, COLUMNS), jnp.float32, transforms=F32_TRANSFORMS),
             "lse_delta_2RQ": plgpu.SMEM((2, SLOTS, ROWS), jnp.float32),  # Each array begins at a multiple of 1 KiB.
-            "word_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.int32),
+            "start_or_word_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.int32),
             "kv_full": plgpu.Barrier(num_arrivals=4),
-            "q_full": plgpu.Barrier(num_arrivals=2 if choice is None else 3, num_barriers=SLOTS),
+            "q_full": plgpu.Barrier(num_arrivals=2 if choice is None and starts is None else 3, num_barriers=SLOTS),
             "dout_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
             "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
             "ds_full": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
@@ -99,8 +103,13 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, choice=None, interpret=None):
         ),
     )
     q_BTHK, dout_BTHV, lse_BHT, delta_BHT = own
-    words = () if choice is None else (choice.word_EBHT,)
-    dq_BHTK, *keys = kernel(k_BSGK, v_BSGV, q_BTHK, lse_BHT * LOG2E, dout_BTHV, delta_BHT, *words)
+    more = () if choice is None else (choice.word_EBHT,)
+    if starts is not None:
+        # Vectors are rounded up to tiles of 128; a step of 64 rows behind the last one is nobody's.
+        starts = starts._replace(start_BT=starts.start_BT[:, : -(-T // ROWS) * ROWS])
+        first_unit_BY = starts.start_BT[:, ::ROWS] // UNIT  # whose keys any of a tile's rows see
+        more = (starts.start_BT, first_unit_BY, reach(starts, S))
+    dq_BHTK, *keys = kernel(k_BSGK, v_BSGV, q_BTHK, lse_BHT * LOG2E, dout_BTHV, delta_BHT, *more)
     return (dq_BHTK * scale).astype(q_BTHK.dtype).swapaxes(1, 2), *keys
 
 
@@ -112,16 +121,25 @@ def is_built(q_shape, v_shape) -> bool:
 class _Unit:
     """The keys of this block of the GPU, and which rows read them; scalars in registers."""
 
-    def __init__(self, q_BTHK, k_BSGK, block_size=None):
+    def __init__(self, q_BTHK, k_BSGK, first_unit_BY=None, reach_BU5=None, block_size=None):
         (_, T, self.num_heads, _), G = q_BTHK.shape, k_BSGK.shape[2]
         head = lax.axis_index("heads") * lax.axis_size("head") + lax.axis_index("head")
         self.batch, self.key_head = (op(head, jnp.int32(G)) for op in (lax.div, lax.rem))
         self.number, self.group = lax.axis_index("unit"), self.num_heads // G
-        self.start = self.number * UNIT
+        self.start, self.first_unit_BY = self.number * UNIT, first_unit_BY
         self.tiles = -(-T // ROWS)  # of a query head
-        # Rows before the unit's first key see none of its keys, and rows from its last key on see all of them.
-        self.steps = self.tiles - self.number * (UNIT // ROWS)
-        self.clear_to = jnp.maximum(self.steps - UNIT // ROWS, 0)
+        if reach_BU5 is None:
+            # Rows before the unit's first key see none of its keys, and rows from its last key on see all of them.
+            self.first_tile, self.position = self.number * (UNIT // ROWS), jnp.int32(0)
+            self.steps = self.tiles - self.first_tile
+            clear_from, clear_to = jnp.minimum(UNIT // ROWS, self.steps), self.steps
+        else:
+            first_row, self.position, self.steps, clear_from, clear_to = (
+                reach_BU5[self.batch, self.number, i] for i in range(5)
+            )
+            self.first_tile = lax.div(first_row, jnp.int32(ROWS))
+        # Of the steps, which begin with the last rows, those without a row that misses a key.
+        self.clear_from, self.clear_to = self.steps - clear_to, self.steps - clear_from
         self.all_steps = self.group * self.steps
         # All of the unit's keys lie in one block: its bit in which word of a choice.
         self.word, self.bit = None, None
@@ -133,7 +151,17 @@ class _Unit:
         return array.at[self.batch, pl.ds(self.start + wg * KEYS, KEYS), self.key_head]
 
     def tile_of(self, step):
-        return self.tiles - 1 - step
+        return self.first_tile + self.steps - 1 - step
+
+    def position_of(self, step):
+        """Of a step's first row, behind the unit's first key."""
+        return self.position + (self.steps - 1 - step) * ROWS
+
+    def units_before(self, step):
+        """How many units add to a step's rows before this one."""
+        if self.first_unit_BY is None:
+            return self.number
+        return self.number - self.first_unit_BY[self.batch, self.tile_of(step)]
 
     def head_of(self, r):
         return self.key_head * self.group + r
@@ -142,9 +170,10 @@ class _Unit:
         return pl.ds(self.tile_of(step) * ROWS, ROWS)
 
     def rows_of(self, array, r, step):
-        """Of q or dout, or of a vector."""
+        """Of q or dout, or of a vector, or of starts."""
         rows, head = self.rows_at(step), self.head_of(r)
-        return array.at[self.batch, rows, head] if len(array.shape) == 4 else array.at[self.batch, head, rows]
+        places = {4: (self.batch, rows, head), 3: (self.batch, head, rows), 2: (self.batch, rows)}
+        return array.at[places[len(array.shape)]]
 
     def columns_of(self, dq_BHTK, r, step, wg):
         return dq_BHTK.at[self.batch, self.head_of(r), self.rows_at(step), pl.ds(wg * COLUMNS, COLUMNS)]
@@ -158,12 +187,15 @@ class _Unit:
 
     def walk_rows(self, body):
         """body(tile behind the last one, number of the step, whether some of its rows miss keys) for all steps."""
-        # A 0 of which the compiler does not know that it is one. Otherwise it clears registers in every clear step,
-        # where a product could begin without them, and waits for all products first (jax 0.11.2, CUDA 13.0).
-        first, clear_to = lax.optimization_barrier(jnp.int32(0)), self.clear_to * self.group
-        for masked, begin, end in ((False, first, clear_to), (True, clear_to, self.all_steps)):
+        clear_from, clear_to = (x * self.group for x in (self.clear_from, self.clear_to))
+        parts = [(False, jnp.int32(0), clear_to), (True, clear_to, self.all_steps)]
+        if self.first_unit_BY is not None:
+            parts = [(True, jnp.int32(0), clear_from), (False, clear_from, clear_to), *parts[1:]]
+        for masked, begin, end in parts:
             step = functools.partial(lambda number, masked: body(self._place(number)[1], number, masked), masked=masked)
-            pl.loop(begin, end)(step)
+            # Where the compiler knows how a loop begins, it clears registers in every clear step, where a product could
+            # begin without them, and waits for all products first (jax 0.11.2, CUDA 13.0).
+            pl.loop(begin if masked else lax.optimization_barrier(begin), end)(step)
 
     def _place(self, number):
         """All heads of a tile of rows, then the next: all units read the same rows at about the same time. If each head
@@ -179,7 +211,7 @@ class _Shared(NamedTuple):
     v_WNV: object
     q_RQK: object
     lse_delta_2RQ: object
-    word_RQ: object
+    start_or_word_RQ: object
     dout_RQV: object
     ds_RWNQ: object
     dq_RWQC: object
@@ -195,9 +227,11 @@ class _Shared(NamedTuple):
     turn_taken: object
 
 
-def _kernel(k_BSGK, v_BSGV, q_BTHK, *refs, scale, block_size, **shared):
+def _kernel(k_BSGK, v_BSGV, q_BTHK, *refs, scale, block_size, has_starts, **shared):
     *rows, dq_BHTK, dk_BSGK, dv_BSGV = refs
-    unit, wg, mem = _Unit(q_BTHK, k_BSGK, block_size), lax.axis_index("wg"), _Shared(**shared)
+    tables = rows[-2:] if has_starts else ()
+    rows = rows[: len(rows) - len(tables)]
+    unit, wg, mem = _Unit(q_BTHK, k_BSGK, *tables, block_size=block_size), lax.axis_index("wg"), _Shared(**shared)
     # How many warps have added to a tile of rows: zero before every call.
     turns = pl.get_global(plgpu.SemaphoreType.REGULAR((q_BTHK.shape[0] * unit.num_heads * unit.tiles,)))
 
@@ -221,7 +255,7 @@ def _kernel(k_BSGK, v_BSGV, q_BTHK, *refs, scale, block_size, **shared):
         acc = plgpu.ACC((KEYS, SIZE), jnp.float32)
         dk_NK, dv_NV = pl.run_scoped(functools.partial(_all_steps, unit, mem, scale), acc, acc)
         # The other warpgroup multiplied with these keys too.
-        plgpu.barrier_wait(mem.ds_empty.at[slot_of(unit.all_steps - 1)])
+        plgpu.barrier_wait(mem.ds_empty.at[slot_of(unit.all_steps - 1 + SLOTS)])
         k_NK, v_NV = mem.k_WNK.at[wg], mem.v_WNV.at[wg]
         k_NK[...] = (dk_NK * scale).astype(k_BSGK.dtype)
         v_NV[...] = dv_NV.astype(v_BSGV.dtype)
@@ -239,10 +273,10 @@ def _stream(unit, keys, rows, mem):
     for array, part_WNK in zip(keys, (mem.k_WNK, mem.v_WNV), strict=True):
         for w in range(CONSUMERS):
             plgpu.copy_gmem_to_smem(unit.keys_of(array, w), part_WNK.at[w], mem.kv_full)
-    q_BTHK, lse_BHT, dout_BTHV, delta_BHT, *words = rows
-    words = [(word_EBHT.at[unit.word], mem.word_RQ) for word_EBHT in words]
+    q_BTHK, lse_BHT, dout_BTHV, delta_BHT, *more = rows
+    more = [(x if unit.word is None else x.at[unit.word], mem.start_or_word_RQ) for x in more]
     parts = (
-        (((q_BTHK, mem.q_RQK), (lse_BHT, mem.lse_delta_2RQ.at[0]), *words), mem.q_full),
+        (((q_BTHK, mem.q_RQK), (lse_BHT, mem.lse_delta_2RQ.at[0]), *more), mem.q_full),
         (((dout_BTHV, mem.dout_RQV), (delta_BHT, mem.lse_delta_2RQ.at[1])), mem.dout_full),
     )
 
@@ -264,9 +298,11 @@ def _watch_turns(unit, mem, turns):
     def one(r, i, number):
         wait_free(number, mem.turn_taken)
 
-        @pl.when(unit.number > 0)
+        units = unit.units_before(i)
+
+        @pl.when(units > 0)
         def _wait():
-            added = unit.number * CONSUMERS
+            added = units * CONSUMERS
             plgpu.semaphore_wait(unit.turn_of(turns, r, i), added, decrement=False, memory_scope="gpu")
 
         plgpu.barrier_arrive(mem.turn_come.at[slot_of(number)])
@@ -275,10 +311,10 @@ def _watch_turns(unit, mem, turns):
 
 
 def _add_in_turn(unit, warp, dq_BHTK, mem, turns):
-    """Adds a warpgroup's columns of every step's product to dq; the first unit, which all rows see, stores them."""
+    """Adds a warpgroup's columns of every step's product to dq; the first unit that the rows see stores them."""
 
     def one(r, i, number):
-        slot = slot_of(number)
+        slot, units = slot_of(number), unit.units_before(i)
         plgpu.barrier_wait(mem.turn_come.at[slot])
         plgpu.barrier_arrive(mem.turn_taken.at[slot])
         here = warp * SLOTS + slot
@@ -288,8 +324,8 @@ def _add_in_turn(unit, warp, dq_BHTK, mem, turns):
             columns = unit.columns_of(dq_BHTK, r, i, warp)
             plgpu.copy_smem_to_gmem(mem.dq_RWQC.at[slot, warp], columns, reduction_op=reduction_op)
 
-        pl.when(unit.number == 0)(lambda: copy(None))
-        pl.when(unit.number > 0)(lambda: copy("add"))
+        pl.when(units == 0)(lambda: copy(None))
+        pl.when(units > 0)(lambda: copy("add"))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(mem.dq_empty.at[here])
         plgpu.wait_smem_to_gmem(0)  # What was written is seen by the unit whose turn is next.
@@ -369,7 +405,7 @@ def _subtracted(step):
     slot = slot_of(step.number)
     lse_Q = plgpu.load(step.mem.lse_delta_2RQ.at[0, slot], layout=COLUMN)
     if step.unit.bit is not None:
-        word_Q = plgpu.load(step.mem.word_RQ.at[slot], layout=COLUMN)
+        word_Q = plgpu.load(step.mem.start_or_word_RQ.at[slot], layout=COLUMN)
         lse_Q = jnp.where(word_Q & lax.shift_left(jnp.int32(1), step.unit.bit) != 0, lse_Q, jnp.inf)
     return lse_Q
 
@@ -378,7 +414,11 @@ def _probabilities(step, s_NQ, lse_Q, i, masked):
     p_NQ = jnp.exp2(s_NQ * (step.scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
     if not masked:
         return p_NQ
-    return jnp.where(keys_seen(p_NQ.shape, step.wg, step.unit.tile_of(i) * ROWS - step.unit.start)[1], p_NQ, 0.0)
+    key_NQ, seen_NQ = keys_seen(p_NQ.shape, step.wg, step.unit.position_of(i))
+    if step.unit.first_unit_BY is not None:
+        start_Q = plgpu.load(step.mem.start_or_word_RQ.at[slot_of(step.number)], layout=COLUMN) - step.unit.start
+        seen_NQ &= key_NQ >= lax.broadcast_in_dim(start_Q, key_NQ.shape, [1])
+    return jnp.where(seen_NQ, p_NQ, 0.0)
 
 
 def _hand_over(step, ds_NQ):

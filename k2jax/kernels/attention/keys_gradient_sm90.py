@@ -1,9 +1,9 @@
 """The gradient of keys and values for Hopper, in Pallas Mosaic GPU: every row that read a block, in one sum.
 
 A block of the GPU takes 128 keys and values, half of them for each of two warpgroups, and keeps their gradients in
-registers while a third warpgroup streams the rows past them, 64 at a time: those that chose the keys' block, which the
-caller has gathered, then the block's own of every query head, which see it causally. Nothing is added in memory, so the
-order of every sum is fixed. Probabilities are recomputed from the rows' log-sum-exp (FlashAttention-2, arXiv
+registers while a third warpgroup streams the rows past them, 64 at a time: those that chose the keys' block, gathered
+from wherever they lie, then the block's own of every query head, which see it causally. Nothing is added in memory, so
+the order of every sum is fixed. Probabilities are recomputed from the rows' log-sum-exp (FlashAttention-2, arXiv
 2307.08691, section 3.1.2).
 
 Legend: B batch, T queries = S keys, H query heads, G key heads, P gathered rows, K query/key size, V value size, C keys
@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from k2jax.kernels.attention import gather_sm90 as gather
 from k2jax.kernels.attention.key_heads import KeyHeads
 from k2jax.kernels.attention.shares_sm90 import heads_at_a_time
 from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, slot_of, wait_free
@@ -40,8 +41,9 @@ def keys_gradient(
       own: (q_BTHK, dout_BTHV, lse, delta), as for `tiles_sm90.rows_gradient`: every row reads its own block. None for
         no such rows.
       k_BSGK, v_BSGV: bfloat16 or float16.
-      chosen: the same of rows that chose a block, gathered: (q_PK, dout_PV, lse_P, delta_P). lse is +inf for a row that
-        is none, and a block's rows are followed by such rows up to a multiple of 64.
+      chosen: the same of rows that chose a block: (q_XK, dout_XV, lse_P, delta_P, index_P). Place p is row index_P[p];
+        where it is none, lse is +inf and the index X or more. A block's rows are followed by such places up to a
+        multiple of 64.
       span_Z2: int32, of each of the heads' blocks, (b * G + g) * D + n counted from their first one, its first gathered
         row, a multiple of 64, and their number.
       starts: of own rows, as in `tiles_sm90.attend`.
@@ -55,13 +57,18 @@ def keys_gradient(
     first_2 = jnp.stack([jnp.asarray(start, jnp.int32) for start in (heads.batch, heads.head)])
     arrays = {
         "own": own,
-        "starts": starts if starts is None else (starts.start_BT, _reach(starts, S)),
+        "starts": starts if starts is None else (starts.start_BT, reach(starts, S)),
         "chosen": chosen if chosen is None else (*chosen, span_Z2),
     }
     arrays = {name: tuple(given) for name, given in arrays.items() if given is not None}
     shape, num_heads = (heads.num_rows, S, heads.num_heads), heads.num_rows * heads.num_heads
     # Own rows are read by unit after unit. Those of a key head's query heads follow each other.
     at_a_time = num_heads if own is None else heads_at_a_time(num_heads, 2 * own[0].shape[1] * (K + V))
+
+    def ring_of(size):
+        tiled = plgpu.SMEM((SLOTS, ROWS, size), dtype, transforms=TRANSFORMS)
+        return tiled if chosen is None else gather.with_lines(tiled)
+
     kernel = plgpu.kernel(
         functools.partial(_kernel, names=tuple(arrays), scale=scale, block_size=block_size),
         out_type=(jax.ShapeDtypeStruct((*shape, K), dtype), jax.ShapeDtypeStruct((*shape, V), dtype)),
@@ -75,13 +82,15 @@ def keys_gradient(
         scratch_types={
             "k_WNK": plgpu.SMEM((CONSUMERS, KEYS, K), dtype, transforms=TRANSFORMS),
             "v_WNV": plgpu.SMEM((CONSUMERS, KEYS, V), dtype, transforms=TRANSFORMS),
-            "q_RQK": plgpu.SMEM((SLOTS, ROWS, K), dtype, transforms=TRANSFORMS),
-            "dout_RQV": plgpu.SMEM((SLOTS, ROWS, V), dtype, transforms=TRANSFORMS),
+            "q_RQK": ring_of(K),
+            "dout_RQV": ring_of(V),
             "lse_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
             "delta_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
             "start_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.int32),
             "kv_full": plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
             "full": plgpu.Barrier(num_arrivals=4 if starts is None else 5, num_barriers=SLOTS),
+            "vectors_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+            "chosen_full": gather.barrier_scratch(SLOTS),
             "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -89,7 +98,7 @@ def keys_gradient(
     return kernel(first_2, k_BSGK, v_BSGV, *itertools.chain(*arrays.values()))
 
 
-def _reach(starts, num_keys):
+def reach(starts, num_keys):
     """Which own rows read a unit's keys, int32 [B, units, 5].
 
     The first row, a multiple of 64; its position behind the unit's first key; and steps of 64 rows: all, the first one
@@ -103,8 +112,8 @@ def _reach(starts, num_keys):
     steps_BU = jnp.maximum(-(-(begins_behind_last_BU - row_BU) // ROWS), 0)
     clear_from_BU = jnp.clip(-((position_BU - (UNIT - 1)) // ROWS), 0, steps_BU)
     clear_to_BU = jnp.clip((begins_behind_first_BU - row_BU) // ROWS, clear_from_BU, steps_BU)
-    reach = (row_BU, position_BU, steps_BU, clear_from_BU, clear_to_BU)
-    return jnp.stack(jnp.broadcast_arrays(*reach), axis=-1).astype(jnp.int32)
+    of_units = (row_BU, position_BU, steps_BU, clear_from_BU, clear_to_BU)
+    return jnp.stack(jnp.broadcast_arrays(*of_units), axis=-1).astype(jnp.int32)
 
 
 class _Unit:
@@ -125,8 +134,8 @@ class _Unit:
             self.own_steps = self.clear_to = lax.div(end - self.start + (ROWS - 1), jnp.int32(ROWS))
             self.clear_from = jnp.minimum(UNIT // ROWS, self.own_steps)
         else:
-            reach = (starts[1][self.batch, lax.axis_index("unit"), i] for i in range(5))
-            self.own_start, self.position, self.own_steps, self.clear_from, self.clear_to = reach
+            of_unit = (starts[1][self.batch, lax.axis_index("unit"), i] for i in range(5))
+            self.own_start, self.position, self.own_steps, self.clear_from, self.clear_to = of_unit
         self.chosen_start, self.chosen_steps = jnp.int32(0), jnp.int32(0)
         if chosen is not None:
             span, span_Z2 = head * -(-S // block_size) + block, chosen[-1]
@@ -151,16 +160,19 @@ class _Unit:
 
 def _kernel(
     first_2, k_BSGK, v_BSGV, *refs, names, scale, block_size, k_WNK, v_WNV, q_RQK, dout_RQV, lse_RQ, delta_RQ, start_RQ,
-    kv_full, full, empty,
+    kv_full, full, vectors_full, chosen_full, empty,
 ):  # fmt: skip
     *refs, dk_BSGK, dv_BSGV = refs
     given = {}
     for name in names:
-        size = {"own": 4, "starts": 2, "chosen": 5}[name]
+        size = {"own": 4, "starts": 2, "chosen": 6}[name]
         given[name], refs = refs[:size], refs[size:]
     unit = _Unit(first_2, k_BSGK, dk_BSGK, block_size, **given)
     wg = lax.axis_index("wg")
+    (q_RQK, q_lines), (dout_RQV, dout_lines) = (gather.views(ring, "chosen" in names) for ring in (q_RQK, dout_RQV))
     rings = (q_RQK, dout_RQV, lse_RQ, delta_RQ, start_RQ)
+    if "chosen" in names:
+        gather.begin(chosen_full, SLOTS)
     has_starts = "starts" in names
 
     @pl.when(wg == PRODUCER)
@@ -170,7 +182,11 @@ def _kernel(
             plgpu.copy_gmem_to_smem(unit.keys_of(k_BSGK, i), k_WNK.at[i], kv_full.at[i])
             plgpu.copy_gmem_to_smem(unit.keys_of(v_BSGV, i), v_WNV.at[i], kv_full.at[i])
         own = [*given.get("own", ()), *given.get("starts", ())[:1]]
-        _stream(unit, own, given.get("chosen", ())[:4], rings, full, empty)
+        if "chosen" in given:
+            lines = ((q_RQK, q_lines), (dout_RQV, dout_lines))
+            _stream_chosen(unit, given["chosen"], lines, (lse_RQ, delta_RQ), (chosen_full, vectors_full), empty)
+        if own:
+            _stream_own(unit, own, rings, full, empty)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -180,15 +196,23 @@ def _kernel(
 
         def all_steps(dk_NK, dv_NV):
             keys, sums = (k_WNK, v_WNV), (dk_NK, dv_NV)
-            add = functools.partial(_add_rows, scale=scale, keys=keys, sums=sums, rings=rings, full=full, empty=empty)
+            add = functools.partial(_add_rows, scale=scale, keys=keys, sums=sums, rings=rings, empty=empty)
             if "chosen" in names:
-                pl.loop(0, unit.chosen_steps)(functools.partial(add, so_far=jnp.int32(0)))
+
+                def rows_came(number):
+                    gather.wait(chosen_full, number, SLOTS)
+                    plgpu.barrier_wait(vectors_full.at[slot_of(number, SLOTS)])
+
+                pl.loop(0, unit.chosen_steps)(functools.partial(add, so_far=jnp.int32(0), rows_came=rows_came))
             if "own" not in names:
                 return dk_NK[...], dv_NV[...]
 
             @pl.loop(0, unit.num_own_heads)
             def _own_head(r):
-                own = functools.partial(add, so_far=unit.chosen_steps + r * unit.own_steps)
+                def rows_came(number):
+                    plgpu.barrier_wait(full.at[slot_of(number, SLOTS)])
+
+                own = functools.partial(add, so_far=unit.chosen_steps + r * unit.own_steps, rows_came=rows_came)
                 seen_by = functools.partial(_seen_by, unit, start_RQ if has_starts else None)
                 pl.loop(0, unit.clear_from)(functools.partial(own, seen_by=seen_by))
                 pl.loop(unit.clear_from, unit.clear_to)(own)
@@ -232,30 +256,49 @@ def keys_seen(shape, wg, position):
     return key_NQ, row_NQ >= key_NQ
 
 
-def _stream(unit, own, chosen, rings, full, empty):
-    """Copies 64 rows at a time: those that chose the unit's block, then its own of each query head."""
+def _stream_chosen(unit, chosen, rings, vectors, barriers, empty):
+    """Copies the rows that chose the unit's block, 64 at a time; each warp a quarter of them.
 
-    def stream(arrays, rows_of, steps, so_far):
-        @pl.loop(0, steps)
+    rings: (ring, its lines) of q and of dout; vectors: rings of lse and delta.
+    """
+    *rows, lse_P, delta_P, index_P, _ = chosen
+    full, vectors_full = barriers
+    share = ROWS // gather.WARPS
+    arrays = [(array_XE, *ring) for array_XE, ring in zip(rows, rings, strict=True)]
+
+    def copy(warp):
+        @pl.loop(0, unit.chosen_steps)
         def _step(i):
-            wait_free(so_far + i, empty, SLOTS)
-            slot = slot_of(so_far + i, SLOTS)
-            for array, ring in zip(arrays, rings, strict=False):  # starts may be missing
-                plgpu.copy_gmem_to_smem(rows_of(array, i), ring.at[slot], full.at[slot])
+            wait_free(i, empty, SLOTS)
+            slot = slot_of(i, SLOTS)
 
-    if chosen:
-        stream(chosen, unit.chosen_rows_of, unit.chosen_steps, jnp.int32(0))
+            @pl.when(warp == 0)
+            def _vectors():
+                for array_P, ring in zip((lse_P, delta_P), vectors, strict=True):
+                    plgpu.copy_gmem_to_smem(unit.chosen_rows_of(array_P, i), ring.at[slot], vectors_full.at[slot])
 
-    if not own:
-        return
+            indices = unit.chosen_rows_of(index_P, i)
+            gather.copy_rows(arrays, indices, warp * share, share, slot * ROWS + warp * share, full, slot)
+
+    gather.by_warps(copy)
+
+
+def _stream_own(unit, own, rings, full, empty):
+    """Copies the block's own rows of each query head, 64 at a time."""
 
     @pl.loop(0, unit.num_own_heads)
     def _own_head(r):
-        rows_of = functools.partial(unit.own_rows_of, r=r)
-        stream(own, rows_of, unit.own_steps, unit.chosen_steps + r * unit.own_steps)
+        so_far = unit.chosen_steps + r * unit.own_steps
+
+        @pl.loop(0, unit.own_steps)
+        def _step(i):
+            wait_free(so_far + i, empty, SLOTS)
+            slot = slot_of(so_far + i, SLOTS)
+            for array, ring in zip(own, rings, strict=False):  # starts may be missing
+                plgpu.copy_gmem_to_smem(unit.own_rows_of(array, i, r), ring.at[slot], full.at[slot])
 
 
-def _add_rows(i, so_far, seen_by=None, *, scale, keys, sums, rings, full, empty):
+def _add_rows(i, so_far, rows_came, seen_by=None, *, scale, keys, sums, rings, empty):
     """Adds what 64 rows send back.
 
     seen_by: (shape, step, slot, warpgroup) -> which of its keys they see; None where they see all.
@@ -264,7 +307,7 @@ def _add_rows(i, so_far, seen_by=None, *, scale, keys, sums, rings, full, empty)
     slot = slot_of(so_far + i, SLOTS)
     wg = hidden_warpgroup()
     keys = tuple(x_WNE.at[wg] for x_WNE in keys)
-    plgpu.barrier_wait(full.at[slot])
+    rows_came(so_far + i)
     rows = q_QK, *_ = [ring.at[slot] for ring in rings[:4]]
     seen = None if seen_by is None else lambda shape: seen_by(shape, i, slot, wg)
     ds_NQ = _add_to_values(keys, rows, dv_NV, scale, seen, tight=dk_NK.shape[1] + dv_NV.shape[1] > 256)

@@ -17,6 +17,10 @@ CACHE_BYTES = 2**25
 BEGIN_AND_END = 1
 
 
+def fits_into_cache(bytes_of_a_head) -> bool:
+    return bytes_of_a_head <= CACHE_BYTES
+
+
 def heads_at_a_time(num_heads, bytes_of_a_head):
     """The divisor of the number of heads that comes nearest to filling the cache with so many bytes of each."""
     fit = max(1.0, CACHE_BYTES / bytes_of_a_head)
@@ -53,3 +57,10 @@ def shares_of_tiles(num_key_heads, group, steps_of_tiles, bytes_of_a_head, num_s
     for sm, share in enumerate(shares):
         table[0, sm], table[1 : 1 + len(share), sm] = len(share), share
     return table
+
+
+def most_steps(share_LM, steps_of_tiles):
+    """How many steps the tiles of the largest share have."""
+    steps_LM = np.array(steps_of_tiles)[share_LM[1:] % len(steps_of_tiles)]
+    is_one_LM = np.arange(len(steps_LM))[:, None] < share_LM[0]
+    return int((steps_LM * is_one_LM).sum(axis=0).max())

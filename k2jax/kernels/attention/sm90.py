@@ -53,13 +53,10 @@ def attention(q_BTHK, k_BSGK, v_BSGV, *, scale, segment_ids=None, q_offset=0, nu
     return Attended(out_BTHV[:, :T], lse_BHT[..., :T], max_BH)
 
 
-def working_numbers(q_shape, v_shape, whole):
-    """The numbers of 32 bits that the backward holds beyond inputs and outputs: vectors, and dq where it is added to.
-
-    whole: `is_whole`.
-    """
+def working_numbers(q_shape, v_shape):
+    """Numbers of 32 bits that the backward holds beyond inputs and outputs: vectors, and dq where it is added to."""
     B, T, H, K = q_shape
-    return B * H * T * (4 + (K if whole and is_built(q_shape, v_shape) else 0))
+    return B * H * T * (4 + (K if is_built(q_shape, v_shape) else 0))
 
 
 def whole_groups(x_BTHE):
@@ -101,8 +98,8 @@ def _backward(settings, saved, cotangents):
     scale, _, num_sms, interpret = settings
     q_BTHK, k_BSGK, v_BSGV, out_BTHV, lse_BHT, starts = saved
     own = own_rows(q_BTHK, out_BTHV, lse_BHT, cotangents[0])
-    if starts is None and is_built(q_BTHK.shape, v_BSGV.shape):
-        return *fused_gradient(scale, own, k_BSGK, v_BSGV, interpret=interpret), None
+    if is_built(q_BTHK.shape, v_BSGV.shape):
+        return *fused_gradient(scale, own, k_BSGK, v_BSGV, starts=starts, interpret=interpret), None
     block_size, options = padded(k_BSGK.shape[1]), {"starts": starts, "interpret": interpret}
     dq_BTHK = rows_gradient(scale, block_size, *own, k_BSGK, v_BSGV, num_sms=num_sms, **options)
     return dq_BTHK, *keys_gradient(scale, block_size, own, k_BSGK, v_BSGV, **options), None

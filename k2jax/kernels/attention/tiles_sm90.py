@@ -1,17 +1,17 @@
 """Attention of tiles of rows to one block of keys each, for Hopper, in Pallas Mosaic GPU; and the rows' gradient.
 
 A tile is 128 rows of one query head that read the same block of keys: the block's own rows, which see it causally, or
-rows that chose it, gathered by the caller. Full attention is one block; where documents are packed, or blocks begin
-anywhere, every row of it has a first key (`Starts`). A persistent grid: each block of the GPU walks
-over its share of the tiles with three warpgroups. One only starts copies, of rows through one ring in shared memory and
-of keys and values through another, ahead of the others and across the ends of tiles. Each of the other two computes 64
+rows that chose it, gathered from wherever they lie. Full attention is one block; where documents are packed, or blocks
+begin anywhere, every row of it has a first key (`Starts`). A persistent grid: each block of the GPU walks over its
+share of the tiles with three warpgroups. One only starts copies, of rows through one ring in shared memory and of keys
+and values through another, ahead of the others and across the ends of tiles. Each of the other two computes 64
 rows in registers (the online softmax of FlashAttention-2, arXiv 2307.08691, algorithm 1 and, for the gradient, section
 3.1.2), then stores them while its next operands already arrive. What a copy reads behind the last token is zero, what
 it writes there is dropped.
 
-Legend: B batch, T queries = S keys, H query heads, G key heads, P gathered rows (Y tiles of 128), K query/key size, V
-value size, C keys of a block, D blocks, Q rows of a warpgroup, W warpgroups, N keys of a step, R ring slots, E
-words of a choice, L places of a share, M multiprocessors.
+Legend: B batch, T queries = S keys, H query heads, G key heads, X = B * T * H, P places of gathered rows (Y tiles of
+128), K query/key size, V value size, C keys of a block, D blocks, Q rows of a warpgroup, W warpgroups, N keys of a
+step, R ring slots, E words of a choice, L places of a share, M multiprocessors.
 """
 
 import dataclasses
@@ -26,7 +26,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from k2jax.kernels.attention.shares_sm90 import shares_of_tiles
+from k2jax.kernels.attention import gather_sm90 as gather
+from k2jax.kernels.attention import pace_sm90 as pace
+from k2jax.kernels.attention.shares_sm90 import fits_into_cache, most_steps, shares_of_tiles
 
 # What the tensor memory accelerator copies at once: rows of 128 bytes, swizzled in groups of eight.
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -55,6 +57,14 @@ class Starts(NamedTuple):
     span_BY3: jax.Array
 
 
+class Chosen(NamedTuple):
+    """Queries that chose a block, sorted by block into tiles."""
+
+    index_P: jax.Array  # which row of the queries is at each place, X or more where there is none
+    block_Y: jax.Array  # (b * G + g) * D + n of each tile
+    used_1: jax.Array  # how many tiles there are
+
+
 class Choice(NamedTuple):
     """The blocks that each query sees of the keys up to itself: of block n, bit n % 32 of its word n // 32."""
 
@@ -80,47 +90,46 @@ def padded(length: int) -> int:
 
 
 def attend(
-    scale, block_size, q, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, starts=None, choice=None, num_keys=None,
-    num_sms=None, interpret=None,
+    scale, block_size, q, k_BSGK, v_BSGV, chosen=None, *, starts=None, choice=None, num_keys=None, num_sms=None,
+    interpret=None,
 ):  # fmt: skip
     """Softmax attention of every row to its tile's block, as far as the block alone goes.
 
     Args:
       scale: of the logits; positive.
       block_size: C, a multiple of 128.
-      q: q_BTHK, whose rows read their own block, or q_PK, rows that chose theirs; bfloat16 or float16.
+      q: q_BTHK, whose rows read their own block, or q_XK, of which those of `chosen` read theirs; bfloat16 or float16.
       k_BSGK, v_BSGV: in the same type; query head h reads key head h // (H // G).
-      block_Y, used_1: for q_PK, the block (b * G + g) * D + n of each tile, and how many tiles to compute. The results
-        of the others are undefined.
+      chosen: for q_XK, which of its rows read which block. The results of tiles that are not used are undefined.
       starts: for q_BTHK, the first key of every query, and where they lie if they are not as many as the keys;
         `block_size` is then that of one block for all keys.
       choice: for q_BTHK, which parts of their block the queries see; each sees at least the part that it is in.
-      num_keys: for q_PK, how many of a block's keys there are, from the first one on; None for all.
+      num_keys: for q_XK, how many of a block's keys there are, from the first one on; None for all.
       num_sms: blocks that run at a time; None asks the default device.
       interpret: `plgpu.InterpretGPUParams()` runs it on a CPU, slowly.
 
-    Returns: out like q, with v's size, in the inputs' type; the logarithm of the softmax's denominator and the largest
-      logit of every row in float32 (after scale, natural log): [P], or [B, H, T rounded up to a tile], of which what is
-      behind T means nothing.
+    Returns: out_BTHV or out_PV in the inputs' type; the logarithm of the softmax's denominator and the largest logit of
+      every row in float32 (after scale, natural log): [P], or [B, H, T rounded up to a tile], of which what is behind T
+      means nothing.
     """
     K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
     step, slots, outs = _fit(((128, 2, CONSUMERS), (128, 1, 1)), TILE * K, SLOTS * (K + V), ROWS * V)
-    row = jax.ShapeDtypeStruct(_vector_shape(q), jnp.float32)
+    row = jax.ShapeDtypeStruct(_vector_shape(q, chosen), jnp.float32)
     work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys, choice and choice.block_size)
+    share_LM, parts = work.shares(num_sms, V)
     kernel = _persistent(
         "attend",
-        functools.partial(_attend_kernel, work=work, scale=scale),
-        out_type=(jax.ShapeDtypeStruct((*q.shape[:-1], V), dtype), row, row),
+        functools.partial(_attend_kernel, work=work, parts=parts, scale=scale),
+        out_type=(jax.ShapeDtypeStruct((*_rows_shape(q, chosen), V), dtype), row, row),
         num_sms=num_sms,
         interpret=interpret,
         scratch={
-            "q_RWQK": plgpu.SMEM((slots, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
+            "q_RWQK": _ring_of_rows((slots, CONSUMERS, ROWS, K), dtype, chosen),
             "k_RNK": plgpu.SMEM((SLOTS, step, K), dtype, transforms=TRANSFORMS),
             "v_RNV": plgpu.SMEM((SLOTS, step, V), dtype, transforms=TRANSFORMS),
             "out_WQV": plgpu.SMEM((outs, ROWS, V), dtype, transforms=TRANSFORMS),
-            "lse_WQ": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-            "max_WQ": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-            "q_full": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
+            "lse_max_2WQ": plgpu.SMEM((2, CONSUMERS, ROWS), jnp.float32),  # Each array begins at a multiple of 1 KiB.
+            "q_full": _full_of_rows(1, slots, chosen),
             "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
             "k_full": plgpu.Barrier(num_barriers=SLOTS),
             "k_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
@@ -130,42 +139,43 @@ def attend(
             "out_free": plgpu.Barrier(num_barriers=CONSUMERS),
         },
     )
-    return kernel(*_tables(block_Y, used_1, starts, choice), work.shares(num_sms, V), q, k_BSGK, v_BSGV)
+    return kernel(*_tables(chosen, starts, choice), share_LM, q, k_BSGK, v_BSGV)
 
 
 def rows_gradient(
-    scale, block_size, q, dout, lse, delta, k_BSGK, v_BSGV, block_Y=None, used_1=None, *, starts=None, num_keys=None,
-    num_sms=None, interpret=None,
+    scale, block_size, q, dout, lse, delta, k_BSGK, v_BSGV, chosen=None, *, starts=None, num_keys=None, num_sms=None,
+    interpret=None,
 ):  # fmt: skip
     """The part of dq that comes from each row's tile's block.
 
-    Args: as `attend`; dout like its out; lse of the whole row, +inf for a row that is none, and delta, the sum of
-      dout * out, in float32 and of the shape of its vectors.
+    Args: as `attend`; dout like q; lse of the whole row, +inf for a row that is none, and delta, the sum of dout * out,
+      in float32 and of the shape of `attend`'s vectors.
 
-    Returns: dq like q.
+    Returns: dq_BTHK or dq_PK.
     """
     K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
     step, slots, outs = _fit(((64, 2, CONSUMERS), (64, 1, CONSUMERS)), TILE * (K + V), SLOTS * (K + V), ROWS * K)
     work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys)
+    share_LM, parts = work.shares(num_sms, V)
     kernel = _persistent(
         "rows_gradient",
-        functools.partial(_rows_gradient_kernel, work=work, scale=scale),
-        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
+        functools.partial(_rows_gradient_kernel, work=work, parts=parts, scale=scale),
+        out_type=jax.ShapeDtypeStruct((*_rows_shape(q, chosen), K), dtype),
         num_sms=num_sms,
         interpret=interpret,
         scratch={
-            "q_RWQK": plgpu.SMEM((slots, CONSUMERS, ROWS, K), dtype, transforms=TRANSFORMS),
-            "dout_RWQV": plgpu.SMEM((slots, CONSUMERS, ROWS, V), dtype, transforms=TRANSFORMS),
+            "q_RWQK": _ring_of_rows((slots, CONSUMERS, ROWS, K), dtype, chosen),
+            "dout_RWQV": _ring_of_rows((slots, CONSUMERS, ROWS, V), dtype, chosen),
             "k_RNK": plgpu.SMEM((SLOTS, step, K), dtype, transforms=TRANSFORMS),
             "v_RNV": plgpu.SMEM((SLOTS, step, V), dtype, transforms=TRANSFORMS),
             "dq_WQK": plgpu.SMEM((outs, ROWS, K), dtype, transforms=TRANSFORMS),
-            "q_full": plgpu.Barrier(num_arrivals=2 * CONSUMERS, num_barriers=slots),
+            "q_full": _full_of_rows(2, slots, chosen),
             "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
             "k_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
             "k_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
         },
     )
-    return kernel(*_tables(block_Y, used_1, starts), work.shares(num_sms, V), q, dout, lse, delta, k_BSGK, v_BSGV)
+    return kernel(*_tables(chosen, starts), share_LM, q, dout, lse, delta, k_BSGK, v_BSGV)
 
 
 # --- what both kernels share --------------------------------------------------------------------------------------
@@ -176,18 +186,34 @@ def _fit(choices, per_slot, per_key, per_out):
     return next((n, r, w) for n, r, w in choices if 2 * (r * per_slot + n * per_key + w * per_out) <= SHARED_MEMORY)
 
 
-def _vector_shape(q):
+def _rows_shape(q, chosen):
+    return q.shape[:-1] if chosen is None else chosen.index_P.shape
+
+
+def _vector_shape(q, chosen):
     """Of one number per row: whole tiles, since copies of vectors begin at multiples of 16 bytes."""
-    return (q.shape[0], q.shape[2], padded(q.shape[1])) if q.ndim == 4 else q.shape[:1]
+    return (q.shape[0], q.shape[2], padded(q.shape[1])) if chosen is None else chosen.index_P.shape
 
 
-def _tables(block_Y, used_1, starts, choice=None):
-    """Two tables for `_Work.walk`; where rows read their own block from its start, neither is read."""
+def _ring_of_rows(shape, dtype, chosen):
+    tiled = plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
+    return tiled if chosen is None else gather.with_lines(tiled)
+
+
+def _full_of_rows(arrays, slots, chosen):
+    if chosen is None:
+        return plgpu.Barrier(num_arrivals=arrays * CONSUMERS, num_barriers=slots)
+    return gather.barrier_scratch(slots)
+
+
+def _tables(chosen, starts, choice=None):
+    """Three tables for `_Work.walk`; where rows read their own block from its start, none is read."""
+    nothing = jnp.zeros(1, jnp.int32)
     if choice is not None:
-        return choice.word_EBHT, jnp.zeros(1, jnp.int32)
+        return choice.word_EBHT, nothing, nothing
     if starts is not None:
-        return starts.start_BT, starts.span_BY3
-    return (jnp.zeros(1, jnp.int32),) * 2 if block_Y is None else (block_Y, used_1)
+        return starts.start_BT, starts.span_BY3, nothing
+    return (nothing,) * 3 if chosen is None else (chosen.block_Y, chosen.used_1, chosen.index_P)
 
 
 def blocks_at_a_time(num_sms):
@@ -237,22 +263,29 @@ class _Work:
         self.num_rows, self.num_heads = q.shape[1:3] if q.ndim == 4 else (0, None)  # None: rows that chose their block
         self.block_size, self.step, self.has_starts, self.choice_size = block_size, step, has_starts, choice_size
         self.num_keys = block_size if num_keys is None else num_keys
+        self.gathers = self.num_heads is None
 
     def shares(self, num_sms, value_size):
-        """Of rows that read their own block, `shares_of_tiles`; where documents begin is not known, so not counted."""
-        if self.num_heads is None:
-            return jnp.zeros((1, 1), jnp.int32)
+        """Of rows that read their own block, `shares_of_tiles`; where documents begin is not known, so not counted. And
+        in how many parts to keep pace over one block for all that the cache cannot hold, or 0.
+        """
+        if self.gathers:
+            return jnp.zeros((1, 1), jnp.int32), 0
         rows = range(0, padded(self.num_rows), TILE)
         steps = tuple((row % self.block_size + TILE - 1) // self.step + 1 for row in rows)
         bytes_of_a_head = 2 * self.length * (self.key_size + value_size)
         num_key_heads, group = self.num_batch * self.num_key_heads, self.num_heads // self.num_key_heads
-        return jnp.asarray(shares_of_tiles(num_key_heads, group, steps, bytes_of_a_head, blocks_at_a_time(num_sms)))
+        share_LM = shares_of_tiles(num_key_heads, group, steps, bytes_of_a_head, blocks_at_a_time(num_sms))
+        is_near = self.has_starts or self.block_size < self.length or fits_into_cache(bytes_of_a_head)
+        return jnp.asarray(share_LM), 0 if is_near else pace.parts_of(most_steps(share_LM, steps))
 
-    def walk(self, table, table_2, share_LM, body):
-        """body(number here, tile, steps so far) for each tile of ours. All warpgroups count the same."""
+    def walk(self, table, table_2, _, share_LM, body):
+        """body(number here, tile, steps so far) for each tile of ours; the number of their steps. All warpgroups count
+        the same.
+        """
 
         def one(here, number, so_far):
-            if self.num_heads is None:
+            if self.gathers:
                 tile = self._chosen(table, number)
             else:
                 starts = (table, table_2) if self.has_starts else (None, None)
@@ -260,10 +293,7 @@ class _Work:
             body(here, tile, so_far)
             return so_far + tile.steps
 
-        if self.num_heads is None:
-            walk_share(table_2[0], one)
-        else:
-            walk_given(share_LM, one)
+        return walk_share(table_2[0], one) if self.gathers else walk_given(share_LM, one)
 
     def _own(self, number, start_BT, span_BY3, word_EBHT):
         tile, batch_head = split(number, padded(self.num_rows) // TILE)
@@ -366,6 +396,8 @@ def walk_share(total, body):
     """so_far = body(number here, number, so_far), from 0 on, for this multiprocessor's share of `total` tiles.
 
     Forth and back, because tiles get shorter: who has the longest one of a round has the shortest of the next.
+
+    Returns: the last so_far.
     """
     first, stride = lax.axis_index("sm"), lax.axis_size("sm")
 
@@ -375,7 +407,7 @@ def walk_share(total, body):
     rounds = lax.div(jnp.int32(total), jnp.int32(stride))
     has_one_more = place(rounds) < total - rounds * stride
     share = rounds + has_one_more.astype(jnp.int32)
-    lax.fori_loop(0, share, lambda here, so_far: body(here, here * stride + place(here), so_far), jnp.int32(0))
+    return lax.fori_loop(0, share, lambda here, so_far: body(here, here * stride + place(here), so_far), jnp.int32(0))
 
 
 def walk_given(share_LM, body):
@@ -388,7 +420,7 @@ def walk_given(share_LM, body):
         following = share_LM[jnp.minimum(here + 2, share_LM.shape[0] - 1), sm]
         return following, body(here, number, so_far)
 
-    lax.fori_loop(0, share_LM[0, sm], one, (share_LM[1, sm], jnp.int32(0)))
+    return lax.fori_loop(0, share_LM[0, sm], one, (share_LM[1, sm], jnp.int32(0)))[1]
 
 
 def split(number, inner):
@@ -406,30 +438,67 @@ def wait_free(number, empty, slots=SLOTS):
         plgpu.barrier_wait(empty.at[slot_of(number, slots)])
 
 
-def _stream(work, tables, rows, row_barriers, keys):
-    """Copies the rows of every tile, (array, ring) each, and then its keys step by step, (array, ring, full, empty).
+def _stream(work, parts, tables, rows, row_barriers, keys):
+    """Copies the rows of every tile, (array, ring, its lines) each, and then its keys step by step, (array, ring, full,
+    empty).
 
     empty is None where a ring shares the barriers of the one before.
     """
     full, empty = row_barriers
+    slots = empty.shape[0]
+    passed_P = pace.counters(parts) if parts else None
 
-    def one(here, tile, so_far):
-        wait_free(here, empty, full.shape[0])
-        row_slot = slot_of(here, full.shape[0])
-        for array, ring in rows:
-            for wg in range(CONSUMERS):
-                plgpu.copy_gmem_to_smem(tile.rows_of(array, wg * ROWS, ROWS), ring.at[row_slot, wg], full.at[row_slot])
-
+    def copy_keys(tile, so_far):
         @pl.loop(0, tile.steps)
         def _step(i):
             number, N = so_far + i, work.step
             slot = slot_of(number)
+            if parts:
+                pace.begin_step(passed_P, parts, number)
             for array, ring, keys_full, keys_empty in keys:
                 if keys_empty is not None:
                     wait_free(number, keys_empty)
                 plgpu.copy_gmem_to_smem(tile.keys_of(array, i * N, N), ring.at[slot], keys_full.at[slot])
 
-    work.walk(*tables, one)
+    def one(here, tile, so_far):
+        wait_free(here, empty, slots)
+        slot = slot_of(here, slots)
+        for array, ring, _ in rows:
+            for wg in range(CONSUMERS):
+                plgpu.copy_gmem_to_smem(tile.rows_of(array, wg * ROWS, ROWS), ring.at[slot, wg], full.at[slot])
+        copy_keys(tile, so_far)
+
+    def by_warp(warp):
+        """Each warp copies a quarter of every tile's rows; the first one copies keys too."""
+
+        def one(here, tile, so_far):
+            wait_free(here, empty, slots)
+            slot, share = slot_of(here, slots), TILE // gather.WARPS
+            indices = tile.rows_of(tables[2], warp * share, share)
+            gather.copy_rows(rows, indices, 0, share, slot * TILE + warp * share, full, slot)
+            pl.when(warp == 0)(lambda: copy_keys(tile, so_far))
+
+        work.walk(*tables, one)
+
+    if work.gathers:
+        gather.by_warps(by_warp)
+        return
+    steps = work.walk(*tables, one)
+    if parts:
+        pace.end(passed_P, parts, steps)
+
+
+def _begin(work, full, ring):
+    if work.gathers:
+        gather.begin(full, ring.shape[0])
+
+
+def _wait_rows(work, full, here, ring):
+    slots = ring.shape[0]
+    if work.gathers:
+        gather.wait(full, here, slots)
+    else:
+        plgpu.barrier_wait(full.at[slot_of(here, slots)])
 
 
 def _over(row_Q, shape):
@@ -444,17 +513,19 @@ def _filled(value, shape, layout):
 
 
 def _attend_kernel(
-    table, table_2, share_LM, q, k_BSGK, v_BSGV, out, lse, largest, *, work, scale, q_RWQK, k_RNK, v_RNV, out_WQV,
-    lse_WQ, max_WQ, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, out_free,
+    table, table_2, index_P, share_LM, q, k_BSGK, v_BSGV, out, lse, largest, *, work, parts, scale, q_RWQK, k_RNK,
+    v_RNV, out_WQV, lse_max_2WQ, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, out_free,
 ):  # fmt: skip
-    wg, tables = lax.axis_index("wg"), (table, table_2, share_LM)
+    wg, tables = lax.axis_index("wg"), (table, table_2, index_P, share_LM)
+    q_RWQK, q_lines = gather.views(q_RWQK, work.gathers)
+    _begin(work, q_full, q_RWQK)
 
     @pl.when(wg == PRODUCER)
     def _produce():
         plgpu.set_max_registers(40, action="decrease")
 
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, v_full, v_empty)]
-        _stream(work, tables, [(q, q_RWQK)], (q_full, q_empty), keys)
+        _stream(work, parts, tables, [(q, q_RWQK, q_lines)], (q_full, q_empty), keys)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -470,7 +541,7 @@ def _attend_kernel(
 
         def one(here, tile, so_far):
             q_slot = slot_of(here, q_RWQK.shape[0])
-            plgpu.barrier_wait(q_full.at[q_slot])
+            _wait_rows(work, q_full, here, q_RWQK)
             rows = (wg, q_RWQK.at[q_slot, wg], q_empty.at[q_slot])
             acc_QV, max_Q, sum_Q = _attend_tile(tile, so_far, rows, ring, turn, scale)
             if one_out:
@@ -479,10 +550,10 @@ def _attend_kernel(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_QV = out_WQV.at[0 if one_out else wg]
             out_QV[...] = (acc_QV * _over(1.0 / sum_Q, acc_QV.shape)).astype(q.dtype)
-            lse_WQ.at[wg][...] = max_Q * scale + jnp.log(sum_Q)
-            max_WQ.at[wg][...] = max_Q * scale
+            lse_max_2WQ.at[0, wg][...] = max_Q * scale + jnp.log(sum_Q)
+            lse_max_2WQ.at[1, wg][...] = max_Q * scale
             plgpu.commit_smem()
-            for array, part in ((out, out_QV), (lse, lse_WQ.at[wg]), (largest, max_WQ.at[wg])):
+            for array, part in ((out, out_QV), (lse, lse_max_2WQ.at[0, wg]), (largest, lse_max_2WQ.at[1, wg])):
                 plgpu.copy_smem_to_gmem(part, tile.rows_of(array, wg * ROWS, ROWS))
             if one_out:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -610,10 +681,12 @@ def _soften(carry, seen_QN, chosen_Q, scale, dtype):
 
 
 def _rows_gradient_kernel(
-    table, table_2, share_LM, q, dout, lse, delta, k_BSGK, v_BSGV, dq, *, work, scale, q_RWQK, dout_RWQV, k_RNK, v_RNV,
-    dq_WQK, q_full, q_empty, k_full, k_empty,
+    table, table_2, index_P, share_LM, q, dout, lse, delta, k_BSGK, v_BSGV, dq, *, work, parts, scale, q_RWQK,
+    dout_RWQV, k_RNK, v_RNV, dq_WQK, q_full, q_empty, k_full, k_empty,
 ):  # fmt: skip
-    wg, tables = lax.axis_index("wg"), (table, table_2, share_LM)
+    wg, tables = lax.axis_index("wg"), (table, table_2, index_P, share_LM)
+    (q_RWQK, q_lines), (dout_RWQV, dout_lines) = (gather.views(ring, work.gathers) for ring in (q_RWQK, dout_RWQV))
+    _begin(work, q_full, q_RWQK)
     K, N, slots, dtype = q.shape[-1], work.step, q_RWQK.shape[0], q.dtype
 
     @pl.when(wg == PRODUCER)
@@ -621,7 +694,8 @@ def _rows_gradient_kernel(
         plgpu.set_max_registers(40, action="decrease")
 
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, k_full, None)]
-        _stream(work, tables, [(q, q_RWQK), (dout, dout_RWQV)], (q_full, q_empty), keys)
+        rows = [(q, q_RWQK, q_lines), (dout, dout_RWQV, dout_lines)]
+        _stream(work, parts, tables, rows, (q_full, q_empty), keys)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -631,7 +705,7 @@ def _rows_gradient_kernel(
             lse_Q = plgpu.load(tile.rows_of(lse, wg * ROWS, ROWS), layout=ROW, optimized=False) * LOG2E
             delta_Q = plgpu.load(tile.rows_of(delta, wg * ROWS, ROWS), layout=ROW, optimized=False)
             q_slot = slot_of(here, slots)
-            plgpu.barrier_wait(q_full.at[q_slot])
+            _wait_rows(work, q_full, here, q_RWQK)
 
             def kv_step(i, carry, dq_QK, masked):
                 slot = slot_of(so_far + i)

@@ -1,19 +1,25 @@
 """MoBA's choice of blocks for Hopper, in Pallas Mosaic GPU: gate and top-k in one kernel, no score in memory.
 
 A persistent grid over tiles of 128 rows. One warpgroup starts copies; each of the other two scores its 64 rows against
-128 blocks at a time and keeps every row's best blocks so far, sorted, in registers. Per 128 blocks it extracts the
-chosen number of maxima, lowest block first among equals, and inserts each into the list behind what is equal there: the
-blocks come in rising order, so a lower block always wins a tie, as in `blocks.choose`.
+64 blocks at a time and keeps every row's best blocks so far, sorted, in registers. Of 64 blocks it takes one maximum
+after the other, lowest block first among equals, and inserts it into the list behind what is equal there: the blocks
+come in rising order, so a lower block always wins a tie, as in `blocks.choose`. A warp is done with the 64 when none
+of its rows has a block left that is better than its list's last: late ones rarely are.
 
 Legend: B batch, T queries, H query heads, G key heads, D blocks, J chosen blocks, K query/key size, Q rows of a
 warpgroup, W warpgroups, N blocks of a step, R ring slots.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir.dialects import arith, vector
 
 from k2jax.kernels.attention.tiles_sm90 import (
     CONSUMERS,
@@ -31,9 +37,16 @@ from k2jax.kernels.attention.tiles_sm90 import (
     walk_share,
 )
 
-STEP = 128  # blocks scored at a time
-# The list takes a few registers for each block, beside 64 for the scores.
-MAX_CHOSEN = 15
+STEP = 64  # blocks scored at a time
+LOWEST = -1e38  # the score of no candidate; those of candidates are cut to what is between this and 1e38
+FAR = 3e38  # The difference of two scores times this is more than any number of blocks.
+SCALAR = plgpu.Layout.WG_SPLAT(())
+VOTE = """{
+    .reg .pred any;
+    setp.gt.f32 any, $1, 0f00000000;
+    vote.sync.any.pred any, any, 0xffffffff;
+    selp.f32 $0, 0f3f800000, 0f00000000, any;
+}"""
 
 
 def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, first_BT, end_BT, *, num_sms=None, interpret=None):
@@ -41,12 +54,13 @@ def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, first_BT, end_BT, *, n
 
     Args:
       q_BTHK, mean_key_BDGK: bfloat16 or float16, products added in float32; K a multiple of 64.
-      num_chosen: J, 1 to MAX_CHOSEN.
+      num_chosen: J. The list takes four registers for each, so from 24 on some of it is in memory.
       first_BT, end_BT: int32, a query may choose blocks from the first on and before the end; both rise along T.
       num_sms, interpret: as in `tiles_sm90.attend`.
 
     Returns: int32 winner_BHJT with T rounded up to a tile, the best block first, the lowest of equal ones; -1 where
-      there are fewer. A score that is no number is never chosen. What is behind T means nothing.
+      there are fewer. A score that is no number is never chosen; scores nearer than 1e-33 to each other
+      may count as equal. What is behind T means nothing.
     """
     (B, T, H, K), dtype = q_BTHK.shape, q_BTHK.dtype
     # Copies swizzle rows in groups of eight. What they read behind the last block is zero, and nobody's candidate.
@@ -55,7 +69,9 @@ def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, first_BT, end_BT, *, n
     to_tile = ((0, 0), (0, padded(T) - T))
     range_2BT = jnp.stack([jnp.pad(x, to_tile, mode="edge") for x in (first_BT, end_BT)])
     ends_2BYL = range_2BT.reshape(2, B, -1, TILE)
-    span_BY2 = jnp.stack([ends_2BYL[0, ..., 0] // STEP * STEP, ends_2BYL[1, ..., -1]], axis=-1)
+    (first_BYL, end_BYL) = ends_2BYL
+    spans = (first_BYL[..., 0] // STEP * STEP, end_BYL[..., -1], first_BYL[..., -1], end_BYL[..., 0])
+    span_BY4 = jnp.stack(spans, axis=-1)
     kernel = plgpu.kernel(
         _kernel,
         out_type=jax.ShapeDtypeStruct((B, H, num_chosen, padded(T)), jnp.int32),
@@ -76,26 +92,29 @@ def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, first_BT, end_BT, *, n
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel(span_BY2, range_2BT, q_BTHK, mean_key_BDGK)
+    return kernel(span_BY4, range_2BT, q_BTHK, mean_key_BDGK)
 
 
 def _kernel(
-    span_BY2, range_2BT, q_BTHK, mean_BDGK, winner_BHJT, *, q_RWQK, mean_RNK, winner_WJQ, q_full, q_empty, full, empty
+    span_BY4, range_2BT, q_BTHK, mean_BDGK, winner_BHJT, *, q_RWQK, mean_RNK, winner_WJQ, q_full, q_empty, full, empty
 ):
     wg = lax.axis_index("wg")
     (B, H), num_tiles = winner_BHJT.shape[:2], winner_BHJT.shape[3] // TILE
     heads_per_key = H // mean_BDGK.shape[2]
 
     def walk(body):
-        """body(number here, batch, head, first row, first block, steps, steps so far); long tiles first."""
+        """body(number here, batch, head, first row, span, steps, steps so far); long tiles first.
+
+        span: the first block, and from where to where all rows have candidates.
+        """
 
         def one(here, number, so_far):
             batch_head, tiles_behind = split(number, B * H)
             head, batch = split(batch_head, H)
             tile = num_tiles - 1 - tiles_behind
-            first_block, end = (span_BY2[batch, tile, i] for i in range(2))
+            first_block, end, *all_see = (span_BY4[batch, tile, i] for i in range(4))
             steps = lax.div(jnp.maximum(end - first_block, 0) + (STEP - 1), jnp.int32(STEP))
-            body(here, batch, head, tile * TILE, first_block, steps, so_far)
+            body(here, batch, head, tile * TILE, (first_block, *all_see), steps, so_far)
             return so_far + steps
 
         walk_share(B * H * num_tiles, one)
@@ -104,7 +123,7 @@ def _kernel(
     def _produce():
         plgpu.set_max_registers(40, action="decrease")
 
-        def one(here, batch, head, row, first_block, steps, so_far):
+        def one(here, batch, head, row, span, steps, so_far):
             slot = slot_of(here)
             wait_free(here, q_empty)
             for i in range(CONSUMERS):
@@ -114,7 +133,7 @@ def _kernel(
 
             @pl.loop(0, steps)
             def _step(i):
-                slot, blocks = slot_of(so_far + i), pl.ds(first_block + i * STEP, STEP)
+                slot, blocks = slot_of(so_far + i), pl.ds(span[0] + i * STEP, STEP)
                 wait_free(so_far + i, empty)
                 plgpu.copy_gmem_to_smem(mean_BDGK.at[batch, blocks, key_head], mean_RNK.at[slot], full.at[slot])
 
@@ -124,7 +143,7 @@ def _kernel(
     def _consume():
         plgpu.set_max_registers(232, action="increase")
 
-        def one(here, batch, head, row, first_block, steps, so_far):
+        def one(here, batch, head, row, span, steps, so_far):
             q_slot, rows = slot_of(here), pl.ds(row + wg * ROWS, ROWS)
             candidates = [plgpu.load(range_2BT.at[i, batch, rows], layout=ROW, optimized=False) for i in range(2)]
             plgpu.barrier_wait(q_full.at[q_slot])
@@ -139,9 +158,9 @@ def _kernel(
 
                 score_QN = pl.run_scoped(product, plgpu.ACC((ROWS, STEP), jnp.float32))
                 plgpu.barrier_arrive(empty.at[slot])
-                return _best_of(score_QN, best, candidates, first_block + i * STEP)
+                return _best_of(score_QN, best, candidates, span, i)
 
-            nothing = tuple((_row(-jnp.inf), _row(-1.0)) for _ in range(winner_WJQ.shape[1]))
+            nothing = tuple((_row(LOWEST), _row(-1.0)) for _ in range(winner_WJQ.shape[1]))
             best = lax.fori_loop(0, steps, step, nothing)
             plgpu.barrier_arrive(q_empty.at[q_slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -159,27 +178,65 @@ def _row(value):
     return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW)
 
 
-def _best_of(score_QN, best, candidates, first_block):
-    """The sorted list (score, block) of each row after another STEP blocks. float32 holds every block."""
+def _best_of(score_QN, best, candidates, span, i):
+    """The sorted list (score, block) of each row after the blocks of step i. float32 holds every block."""
     shape = score_QN.shape
+    first_block, all_begin, all_end = span
+    first_block += i * STEP
     block_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + first_block
-    first_QN, end_QN = (lax.broadcast_in_dim(x, shape, [0]) for x in candidates)
-    # A comparison is false for what is no number.
-    candidate_QN = (block_QN >= first_QN) & (block_QN < end_QN) & (score_QN > -jnp.inf)
-    score_QN = jnp.where(candidate_QN, score_QN, -jnp.inf)
+    # A comparison is false for what is no number; infinity would become none below.
+    score_QN = jnp.minimum(jnp.where(score_QN > LOWEST, score_QN, LOWEST), -LOWEST)
+
+    def of_candidates():
+        first_QN, end_QN = (_over(x, shape) for x in candidates)
+        return jnp.where((block_QN >= first_QN) & (block_QN < end_QN), score_QN, LOWEST)
+
+    all_are = (first_block >= all_begin) & (first_block + STEP <= all_end)
+    score_QN = lax.cond(all_are, lambda: score_QN, of_candidates)
     # Negative, because the largest is what a reduction finds.
     minus_QN = -block_QN.astype(jnp.float32)
-    for _ in best:
-        score_Q = score_QN.max(axis=1)
-        is_best_QN = score_QN == lax.broadcast_in_dim(score_Q, shape, [0])
-        minus_Q = jnp.where(is_best_QN, minus_QN, -jnp.inf).max(axis=1)
-        score_QN = jnp.where(minus_QN == lax.broadcast_in_dim(minus_Q, shape, [0]), -jnp.inf, score_QN)
-        block_Q = -minus_Q
-        new, moved_Q = [], score_Q > jnp.inf
-        for have_Q, have_block_Q in best:
-            # What was moved goes before the next one, even if that is equal: it was found earlier.
-            better_Q = moved_Q = moved_Q | (score_Q > have_Q)
-            new.append((jnp.where(better_Q, score_Q, have_Q), jnp.where(better_Q, block_Q, have_block_Q)))
-            score_Q, block_Q = jnp.where(better_Q, have_Q, score_Q), jnp.where(better_Q, have_block_Q, block_Q)
-        best = tuple(new)
-    return best
+
+    def has_better(state):
+        _, score_Q, best = state
+        return any_of_warp(score_Q - best[-1][0])
+
+    def take_one(state):
+        score_QN, score_Q, best = state
+        # What is not the maximum is left far below: a comparison and a choice, in the additions and products of which
+        # a GPU does twice as many.
+        minus_or_low_QN = (score_QN - _over(score_Q, shape)) * FAR + minus_QN
+        minus_Q = minus_or_low_QN.max(axis=1)
+        best = _inserted(best, score_Q, -minus_Q)
+        # The one that is taken becomes the lowest; what the others are compared with is above all scores.
+        score_QN = jnp.minimum(score_QN, (_over(minus_Q, shape) - minus_or_low_QN) * FAR + LOWEST)
+        return score_QN, score_QN.max(axis=1), best
+
+    return lax.while_loop(has_better, take_one, (score_QN, score_QN.max(axis=1), best))[2]
+
+
+def _inserted(best, score_Q, block_Q):
+    """The list with another block, behind what is equal."""
+    new, moved_Q = [], score_Q > jnp.inf
+    for have_Q, have_block_Q in best:
+        # What was moved goes before the next one, even if that is equal: it was found earlier.
+        better_Q = moved_Q = moved_Q | (score_Q > have_Q)
+        new.append((jnp.where(better_Q, score_Q, have_Q), jnp.where(better_Q, block_Q, have_block_Q)))
+        score_Q, block_Q = jnp.where(better_Q, have_Q, score_Q), jnp.where(better_Q, have_block_Q, block_Q)
+    return tuple(new)
+
+
+def _over(row_Q, shape):
+    return lax.broadcast_in_dim(row_Q, shape, [0])
+
+
+def any_of_warp(row_Q):
+    """Whether a number of a warp's own rows is positive: warps go on apart, each as long as its rows need."""
+
+    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR))
+    def vote(_, row_Q):
+        one = [vector.extract(x, [], [0]) for x in row_Q.registers.flat]  # of each row that a thread knows of
+        largest = functools.reduce(arith.maximumf, one)
+        answer = utils.inline_ptx(VOTE, largest, result_types=largest.type, has_side_effects=True, convergent=True)
+        return mgpu.FragmentedArray.splat(answer, ())
+
+    return vote(row_Q) > 0

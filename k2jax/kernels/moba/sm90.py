@@ -1,7 +1,8 @@
 """MoBA on Hopper GPUs: selection, two attention streams and their exact backward, with the hot loops in Pallas.
 
 1. `gate_sm90` chooses each query's earlier blocks without ever writing a score to memory.
-2. `grouping` sorts the (query, block) pairs by block and cuts them into tiles; XLA gathers the tiles' queries.
+2. `grouping` sorts the (query, block) pairs by block and cuts them into tiles of 128, whose
+   queries the kernels gather.
 3. `attention.tiles_sm90` computes the tiles, and the queries against their own blocks as they lie.
 4. The partial results of a query are gathered back and joined by their log-sum-exp, in the order of its choices.
 Where a text is so short that 2 to 4 take longer than all pairs of its tokens (`is_short`), its forward pass computes
@@ -30,13 +31,12 @@ from k2jax.kernels.attention.reference import query_positions
 from k2jax.kernels.attention.sm90 import is_whole, own_rows, starts_at, whole_groups
 from k2jax.kernels.attention.sm90 import refusal as attention_refusal
 from k2jax.kernels.attention.sm90 import working_numbers as full_numbers
-from k2jax.kernels.attention.tiles_sm90 import TILE, Choice, Starts, attend, padded, rows_gradient
+from k2jax.kernels.attention.tiles_sm90 import TILE, Choice, Chosen, Starts, attend, padded, rows_gradient
 from k2jax.kernels.moba.blocks import Attended, Residuals, layout
-from k2jax.kernels.moba.gate_sm90 import MAX_CHOSEN, choose_blocks_sm90
+from k2jax.kernels.moba.gate_sm90 import choose_blocks_sm90
 from k2jax.kernels.moba.grouping import group, num_tiles
 from k2jax.kernels.moba.pairs import (
     by_heads,
-    choose_by_xla,
     gather,
     join,
     largest,
@@ -47,11 +47,11 @@ from k2jax.kernels.moba.pairs import (
 )
 from k2jax.kernels.moba.routing import history_blocks
 
-# Pairs whose gathered queries and partial results are in memory at once: 4 GiB at 2 * 256 bytes each, 6 backward.
-PAIRS = 2**23
+# Pairs whose partial results are in memory at once: 4 GiB at 256 bytes each.
+PAIRS = 2**24
 # On a Hopper GPU a choice costs, beside its keys, as much as this many keys of a query in full attention.
-FORWARD_KEYS_OF_A_CHOICE = 768
-BACKWARD_KEYS_OF_A_CHOICE = 256
+FORWARD_KEYS_OF_A_CHOICE = 320
+BACKWARD_KEYS_OF_A_CHOICE = 160
 MAX_SHORT_BLOCKS = 128  # A query's choice is in registers then, a bit for each.
 
 
@@ -121,14 +121,14 @@ def _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset):
 
 def working_numbers(q_shape, v_shape, block_size, top_k, packs):
     """An estimate of the numbers of 32 bits that the backward holds beyond inputs and outputs. packs: `is_packed`."""
-    (B, T, H, K), V = q_shape, v_shape[3]
+    B, T, H, K = q_shape
     J = min(top_k - 1, (T - 1) // block_size)
     all_pairs = B * H * T * J
     if not packs and is_built(q_shape, v_shape) and is_short(T, block_size, J, BACKWARD_KEYS_OF_A_CHOICE):
-        return all_pairs + full_numbers(q_shape, v_shape, whole=True)
-    # Gathered q and dout and the parts of dq at 16 bits; for each of all pairs its winner, of those at hand six more.
+        return all_pairs + full_numbers(q_shape, v_shape)
+    # The parts of dq at 16 bits; for each of all pairs its winner, of those at hand six numbers more.
     pairs = min(all_pairs, PAIRS)
-    return pairs * (2 * K + V) // 2 + 6 * pairs + all_pairs + B * H * T * (K + 4)
+    return pairs * K // 2 + 6 * pairs + all_pairs + B * H * T * (K + 4)
 
 
 class Settings(NamedTuple):
@@ -167,9 +167,8 @@ def _forward(settings, q_BTHK, k_BSGK, v_BSGV, packed):
 
     def join_chosen(heads, winner_BHJT, out_BTHV, lse_BHT, max_BH):
         groups = _groups(settings, winner_BHJT, packed)
-        q_PK = _gather_queries(q_BTHK, groups.row_P, heads)
-        tables = (heads.first_block(settings.table_blocks) + groups.block_Y, groups.used_1)
-        out_PV, lse_P, max_P = attend(scale, far_block, q_PK, *far, *tables, **far_options)
+        chosen = _chosen(settings, q_BTHK, groups, heads)
+        out_PV, lse_P, max_P = attend(scale, far_block, _flat(q_BTHK), *far, chosen, **far_options)
         out_BTHV, lse_BHT = join(out_BTHV, lse_BHT, out_PV, lse_P, groups.place_BHJT, per_query)
         max_BH = jnp.maximum(max_BH, largest(max_P, groups.row_P, winner_BHJT.shape, settings.R, TILE))
         return out_BTHV, lse_BHT, max_BH
@@ -199,20 +198,20 @@ def _backward(settings, saved, cotangents):
         del dk_BSGK, dv_BSGV  # All of these is computed here.
         groups = _groups(settings, winner_BHJT, packed)
         row_P = jnp.where(groups.row_P < 0, 0, heads.first_query(q_BTHK.shape[2], padded(T)) + groups.row_P)
-        chosen = (
-            _gather_queries(q_BTHK, groups.row_P, heads),
-            _gather_queries(dout_BTHV, groups.row_P, heads),
+        rows = (
+            _flat(q_BTHK),
+            _flat(dout_BTHV),
             jnp.where(groups.row_P < 0, jnp.inf, lse_BHT.reshape(-1)[row_P]),  # probability 0 at empty places
             delta_BHT.reshape(-1)[row_P],
         )
-        tables = (heads.first_block(settings.table_blocks) + groups.block_Y, groups.used_1)
-        dq_PK = rows_gradient(scale, far_block, *chosen, *far, *tables, **far_options)
+        chosen = _chosen(settings, q_BTHK, groups, heads)
+        dq_PK = rows_gradient(scale, far_block, *rows, *far, chosen, **far_options)
         sum_BTHK = dq_BTHK.astype(jnp.float32)
         for j in range(settings.J):
             sum_BTHK += gather(dq_PK, _per_query(groups.place_BHJT[:, :, j], T))
         together = own if packed is None else None
         options = {"heads": heads, "interpret": settings.interpret}
-        keys = keys_gradient(scale, far_block, together, *far, chosen, groups.span_Z2, **options)
+        keys = keys_gradient(scale, far_block, together, *far, (*rows, chosen.index_P), groups.span_Z2, **options)
         return sum_BTHK.astype(dq_BTHK.dtype), *keys
 
     gradients = (dq_BTHK, *map(jnp.zeros_like, far))
@@ -304,11 +303,8 @@ def _choose(settings, q_BTHK, far_BSGK, packed):
     else:
         first_BT, end_BT = packed.first_BT, packed.end_BT
     mean_BNGK = mean_keys(far_BSGK.reshape(B, N, -1, *far_BSGK.shape[2:])[:, :, :C])
-    if settings.J > MAX_CHOSEN:
-        winner_BHJT = choose_by_xla(q_BTHK, mean_BNGK, settings.J, first_BT, end_BT, TILE)
-    else:
-        options = {"num_sms": settings.num_sms, "interpret": settings.interpret}
-        winner_BHJT = choose_blocks_sm90(q_BTHK, mean_BNGK, settings.J, first_BT, end_BT, **options)
+    options = {"num_sms": settings.num_sms, "interpret": settings.interpret}
+    winner_BHJT = choose_blocks_sm90(q_BTHK, mean_BNGK, settings.J, first_BT, end_BT, **options)
     return jnp.where(jnp.arange(winner_BHJT.shape[-1]) < settings.num_tokens, winner_BHJT, -1)
 
 
@@ -320,13 +316,18 @@ def _groups(settings, winner_BHJT, packed):
     return group(winner_BHJT, settings.R, D, TILE, tiles)
 
 
-def _gather_queries(x_BTHE, row_P, heads):
-    """Rows of x as `Groups.row_P` numbers the queries of these heads: [P, E]."""
-    B, T, H, E = x_BTHE.shape
-    head_P, t_P = jnp.divmod(heads.first_query(H, padded(T)) + row_P, padded(T))
+def _chosen(settings, q_BTHK, groups, heads) -> Chosen:
+    """The tiles of `groups` of these heads, as the kernels find their queries in `_flat(q_BTHK)` and their blocks."""
+    B, T, H, _ = q_BTHK.shape
+    head_P, t_P = jnp.divmod(heads.first_query(H, padded(T)) + groups.row_P, padded(T))
     # B rows of T * H queries: head_P counts batch and head.
     index_P = (head_P // H * T + t_P) * H + head_P % H
-    return gather(x_BTHE.reshape(B * T * H, E), jnp.where(row_P < 0, -1, index_P))
+    index_P = jnp.where(groups.row_P < 0, B * T * H, index_P)
+    return Chosen(index_P, heads.first_block(settings.table_blocks) + groups.block_Y, groups.used_1)
+
+
+def _flat(x_BTHE):
+    return x_BTHE.reshape(-1, x_BTHE.shape[-1])
 
 
 def _per_query(x_BHT, T):
