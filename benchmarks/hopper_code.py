@@ -53,7 +53,7 @@ CASES = {
     "full, MLA": {"K": 192},
     "MoBA": {"T": 16384, "sparse": True},
     "MoBA, 64 blocks": {"T": 16384, "sparse": True, "top_k": 64},
-    "MoBA, short": {"T": 8192, "sparse": True},
+    "MoBA, short": {"T": 6144, "sparse": True},
     "MoBA, shorter": {"sparse": True},
     "MoBA, documents": {"T": 16384, "sparse": True, "documents": True},
     "MoBA, MLA": {"T": 16384, "sparse": True, "K": 192},
