@@ -318,6 +318,20 @@ def test_a_row_is_copied_to_where_tiles_have_it(size):
             assert (lines[line] == rows[place, c * LINE : (c + 1) * LINE]).all()
 
 
+def test_keys_of_a_chunk_are_read_as_they_lie():
+    """A prefill's chunks, or the parts of a cut sequence, would otherwise each copy all keys and values."""
+
+    shapes = [jax.ShapeDtypeStruct((1, T, 2, 64), jnp.bfloat16) for T in (256, 4096, 4096)]
+
+    def copies(**how):
+        attend = functools.partial(sm90.moba_attention, block_size=128, top_k=3, scale=1.0, q_offset=1024, **how)
+        # Keys or values of all 31 blocks that may be chosen.
+        return str(jax.make_jaxpr(functools.partial(attend, num_sms=3))(*shapes)).count("bf16[1,31,128,2,64] = gather")
+
+    assert copies() == 0
+    assert copies(segment_ids=jnp.zeros((1, 4096), jnp.int32)) == 2
+
+
 def test_short_texts_are_attended_to_as_a_whole():
     forward, backward = sm90.FORWARD_KEYS_OF_A_CHOICE, sm90.BACKWARD_KEYS_OF_A_CHOICE
     assert sm90.is_short(6144, 128, 7, forward)

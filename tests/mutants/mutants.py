@@ -1159,6 +1159,13 @@ KERNELS_MUTANTS = (
         "tests/test_tile_shares.py::test_key_heads_take_turns_and_a_turn_begins_with_the_longest_tiles",
     ),
     Mutant(
+        "all keys are copied for every chunk of a prefill",
+        "k2jax/kernels/moba/sm90.py",
+        "return block_size % TILE > 0 or segment_ids is not None",
+        "return True",
+        "tests/test_moba_sm90.py::test_keys_of_a_chunk_are_read_as_they_lie",
+    ),
+    Mutant(
         "who has finished is waited for",
         "k2jax/kernels/attention/pace_sm90.py",
         "jnp.int32(STEPS)), parts)",

@@ -76,13 +76,15 @@ def moba_attention(
     q_BTHK, k_BSGK, v_BSGV = (whole_groups(x) for x in (q_BTHK, k_BSGK, v_BSGV))
     # A block that somebody chooses is complete and has a token behind it.
     num_blocks = (S - 1) // block_size
-    packs = is_packed(T, S, block_size, segment_ids, q_offset)
-    table_blocks = num_blocks if packs else -(-S // block_size)
+    packs, copies = is_packed(T, S, block_size, segment_ids, q_offset), is_copied(block_size, segment_ids)
+    table_blocks = num_blocks if copies else -(-S // block_size)
     J = min(top_k - 1, num_blocks)
     settings = Settings(float(scale), block_size, H // G, T, table_blocks, J, num_sms, interpret)
     where = layout(segment_ids, S, block_size)
     history, *candidates = history_blocks(where, segment_ids, S, block_size)
-    packed = _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset) if packs else None
+    packed = None
+    if packs:
+        packed = _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset, copies)
     out_BTHV, lse_BHT, max_BH, winner_BHJT = _attention(settings, q_BTHK, k_BSGK, v_BSGV, packed)
     position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset)[:, :T], (B, T))
     own_BT = at_positions(where.block_id_BS, position_BT)
@@ -91,32 +93,45 @@ def moba_attention(
 
 
 def is_packed(T, S, block_size, segment_ids, q_offset):
-    """Whether blocks may begin anywhere, or queries do not lie at the keys' positions."""
+    """Whether blocks may begin anywhere, or queries may not lie at the keys' positions."""
     return block_size % TILE > 0 or not is_whole(T, S, segment_ids, q_offset)
 
 
-class Packed(NamedTuple):
-    """Where blocks begin anywhere: chosen ones are copied to where kernels read them, own ones begin by `starts`."""
+def is_copied(block_size, segment_ids):
+    """Whether blocks may begin where the kernels cannot read them."""
+    return block_size % TILE > 0 or segment_ids is not None
 
-    start_BN: jax.Array  # of each block that may be chosen
-    first_BT: jax.Array  # the candidates of each query: from this block on
-    end_BT: jax.Array  # and before this one
-    starts: Starts
+
+class Copied(NamedTuple):
+    """How blocks that may be chosen are copied to where the kernels read them."""
+
+    start_BN: jax.Array  # of each block
     place_BS: jax.Array  # of each key among the copies; behind their end for one that was not copied
 
 
-def _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset):
-    N, place, (B, T) = settings.table_blocks, padded(settings.block_size), q_BTHK.shape[:2]
-    S = where.block_start_BS.shape[1]
+class Packed(NamedTuple):
+    """Where blocks begin anywhere, or queries: own blocks begin by `starts`."""
+
+    first_BT: jax.Array  # the candidates of each query: from this block on
+    end_BT: jax.Array  # and before this one
+    starts: Starts
+    copied: Copied | None  # None where blocks are read as they lie
+
+
+def _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset, copies):
+    (B, T), S = q_BTHK.shape[:2], where.block_start_BS.shape[1]
     where, (first_BS, count_BS) = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, S)), (where, tuple(candidates)))
-    start_BN = jnp.broadcast_to(history.start_BN, (B, N))
-    end_BS = first_BS + count_BS
-    place_BS = place_of_keys(where, start_BN, end_BS, place)
-    place_BS = jnp.pad(place_BS, ((0, 0), (0, k_BSGK.shape[1] - S)), constant_values=N * place)
+    end_BS, copied = first_BS + count_BS, None
+    if copies:
+        N, place = settings.table_blocks, padded(settings.block_size)
+        start_BN = jnp.broadcast_to(history.start_BN, (B, N))
+        place_BS = place_of_keys(where, start_BN, end_BS, place)
+        place_BS = jnp.pad(place_BS, ((0, 0), (0, k_BSGK.shape[1] - S)), constant_values=N * place)
+        copied = Copied(start_BN, place_BS)
     position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset), (B, T))
     first_BT, end_BT = (at_positions(x, position_BT) for x in (first_BS, end_BS))
     starts = starts_at(where.block_start_BS, q_BTHK, settings.num_tokens, q_offset)
-    return Packed(start_BN, first_BT, end_BT, starts, place_BS)
+    return Packed(first_BT, end_BT, starts, copied)
 
 
 def working_numbers(q_shape, v_shape, block_size, top_k, packs):
@@ -223,7 +238,7 @@ def _backward(settings, saved, cotangents):
     options = {name: x for name, x in own_options.items() if name != "num_sms"}
     keys = keys_gradient(scale, own_block, own, k_BSGK, v_BSGV, **options)
     if settings.J:
-        keys = [x + _back_from_far(far_x, packed) for x, far_x in zip(keys, gradients[1:], strict=True)]
+        keys = [x + _back_from_far(far_x, packed.copied) for x, far_x in zip(keys, gradients[1:], strict=True)]
     return gradients[0], *keys, None
 
 
@@ -275,19 +290,21 @@ def _few_heads(settings, q_BTHK, k_BSGK):
 
 def _far(settings, x_BSGE, packed):
     """Keys or values that may be chosen, every block from a multiple of a tile on."""
-    if packed is None or not settings.J:
+    if packed is None or packed.copied is None or not settings.J:
         return x_BSGE
     B, _, G, E = x_BSGE.shape
     C = settings.block_size
-    position_BNC = packed.start_BN[..., None] + jnp.arange(C)
+    position_BNC = packed.copied.start_BN[..., None] + jnp.arange(C)
     x_BNCGE = jax.vmap(lambda x_SGE, position_NC: x_SGE[position_NC])(x_BSGE, position_BNC)
     x_BNCGE = jnp.pad(x_BNCGE, ((0, 0), (0, 0), (0, padded(C) - C), (0, 0), (0, 0)))
     return x_BNCGE.reshape(B, settings.table_blocks * padded(C), G, E)
 
 
-def _back_from_far(x_BSGE, packed):
+def _back_from_far(x_BSGE, copied):
     """The transpose of `_far`: a key lies in one block at most, so nothing is added."""
-    return jax.vmap(lambda x_SGE, place_S: x_SGE.at[place_S].get(mode="fill", fill_value=0))(x_BSGE, packed.place_BS)
+    if copied is None:
+        return x_BSGE
+    return jax.vmap(lambda x_SGE, place_S: x_SGE.at[place_S].get(mode="fill", fill_value=0))(x_BSGE, copied.place_BS)
 
 
 def _choose(settings, q_BTHK, far_BSGK, packed):
@@ -298,10 +315,11 @@ def _choose(settings, q_BTHK, far_BSGK, packed):
     if packed is None:
         first_BT = jnp.zeros((B, T), jnp.int32)
         end_BT = first_BT + jnp.arange(T, dtype=jnp.int32) // C
-        # The last block is nobody's earlier block, so whether it is complete makes no difference.
-        far_BSGK = jnp.pad(far_BSGK, ((0, 0), (0, N * C - T), (0, 0), (0, 0)))
     else:
         first_BT, end_BT = packed.first_BT, packed.end_BT
+    # Of blocks as they lie, the last one is nobody's earlier block, so whether it is complete makes no difference.
+    behind = max(N * C - far_BSGK.shape[1], 0)
+    far_BSGK = jnp.pad(far_BSGK, ((0, 0), (0, behind), (0, 0), (0, 0)))
     mean_BNGK = mean_keys(far_BSGK.reshape(B, N, -1, *far_BSGK.shape[2:])[:, :, :C])
     options = {"num_sms": settings.num_sms, "interpret": settings.interpret}
     winner_BHJT = choose_blocks_sm90(q_BTHK, mean_BNGK, settings.J, first_BT, end_BT, **options)
