@@ -123,7 +123,8 @@ def moba_attention_plan(q, k, v, *, block_size, top_k, segment_ids=None, q_offse
         numbers = xla.working_numbers(q.shape, k.shape, v.shape, block_size, top_k, segment_ids is not None, q_offset)
     elif implementation == "sm90":
         packs = sm90.is_packed(T, S, block_size, segment_ids, q_offset)
-        numbers = sm90.working_numbers(q.shape, v.shape, block_size, top_k, packs)
+        copies = sm90.is_copied(block_size, segment_ids)
+        numbers = sm90.working_numbers(q.shape, v.shape, block_size, top_k, packs, copies)
     elif implementation == "tpu":
         numbers = tpu.working_numbers(q.shape, k.shape, v.shape, block_size, top_k)
     elif implementation == "full-xla":

@@ -33,7 +33,7 @@ ATTENDS = {
 }
 # How many queries, and where they begin.
 QUERIES = {
-    "a chunk of the queries": (204, 411),
+    "a chunk of the queries": (204, [17, 416]),
     "a chunk of the queries of documents": (204, [17, 411]),
     "full, a chunk of the queries": (300, [10, 320]),
     "full, queries in a cache with room": (300, [10, 320]),

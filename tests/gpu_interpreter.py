@@ -1,9 +1,9 @@
 """Teaches JAX's interpreter of Mosaic GPU kernels what ours need and it (jax 0.11 and 0.12) does not know.
 
 A wgmma whose left operand is in registers: it reads both from shared memory. `pl.run_state` of accumulators with first
-values: it knows scoped ones alone. Copies that add to global memory. Semaphores in global memory, as which it has
-none: whoever waits for another block is let through, since it runs blocks one after the other. What a
-warp asks its threads: all of a warpgroup's are asked. Rows that are gathered: whole, into the array alone.
+values: it knows scoped ones alone. Copies that add to global memory. Semaphores in global memory, as which it has none:
+whoever waits for another block is let through, since it runs blocks one after the other. What a warp asks its threads:
+all of a warpgroup's are asked. Rows that are gathered: whole, into the array alone.
 `patch()` adds these; everything else is the interpreter's.
 """
 

@@ -80,15 +80,20 @@ def test_moba_kernels_are_as_exact_as_plain_attention_and_the_same_twice(name):
     moba_benchmark.check(name)
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("kind", ["one document", "documents", "a chunk"])
 @pytest.mark.parametrize("sizes", sm90.HEAD_SIZES, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_full_attention_kernels_are_as_exact_as_plain_attention_and_the_same_twice(sizes, dtype, documents):
+def test_full_attention_kernels_are_as_exact_as_plain_attention_and_the_same_twice(sizes, dtype, kind):
     shapes = [(2, 1500, heads, size) for heads, size in ((4, sizes[0]), (2, sizes[0]), (2, sizes[1]), (4, sizes[1]))]
     arrays = [jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
 
-    segment_ids = jnp.broadcast_to(jnp.searchsorted(jnp.array([37, 700]), jnp.arange(1500), side="right"), (2, 1500))
-    options = {"scale": 0.1, "max_logits": True, "segment_ids": segment_ids if documents else None}
+    options = {"scale": 0.1, "max_logits": True}
+    if kind == "documents":
+        segments = jnp.searchsorted(jnp.array([37, 700]), jnp.arange(1500), side="right")
+        options["segment_ids"] = jnp.broadcast_to(segments, (2, 1500))
+    if kind == "a chunk":  # of one row in the middle, with keys behind it that nobody sees, of the other at the end
+        arrays[0], arrays[3] = arrays[0][:, :700], arrays[3][:, :700]
+        options["q_offset"] = jnp.array([10, 800])
 
     def run(q, k, v, implementation):
         return attention(q, k, v, implementation=implementation, **options)

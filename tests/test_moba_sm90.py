@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir, passmanager
+from jax._src.lib.mlir.dialects import func
+from jax.experimental.mosaic import gpu as mgpu
 
 import k2jax.moba_pallas as moba_pallas
 from k2jax.kernels import attention as attention_room
-from k2jax.kernels.attention import attention
+from k2jax.kernels.attention import attention, gather_sm90
 from k2jax.kernels.attention import sm90 as full_sm90
-from k2jax.kernels.attention.gather_sm90 import LINE, line_number
 from k2jax.kernels.moba import sm90
 from k2jax.kernels.moba.gate_sm90 import choose_blocks_sm90
 from k2jax.kernels.moba.grouping import group, num_tiles
@@ -61,6 +64,8 @@ def gate(case):
     D = -(-T // C)
     rng = np.random.default_rng(0)
     q, mean = (jnp.asarray(rng.integers(-1, 2, shape), dtype) for shape in ((B, T, H, 64), (B, D, G, 64)))
+    if odd and odd[0][0] == "all":
+        mean, odd = mean * jnp.asarray(odd[0][1], dtype), []
     for block, number in odd:  # of every query: with either sign
         q = q.at[..., 0].set(1 - 2 * (jnp.arange(T)[:, None] % 2))
         mean = mean.at[:, block, :, 0].set(number)
@@ -102,6 +107,7 @@ GATES = {
     "one of a few": (2, 300, 1, 1, 128, 1, "bfloat16"),
     "fewer tiles than multiprocessors": (1, 200, 1, 1, 16, 3, "bfloat16"),
     "infinities": (1, 600, 2, 1, 16, 3, "bfloat16", (5, np.inf), (20, -np.inf)),
+    "scores that are all but zero": (1, 600, 2, 1, 16, 3, "bfloat16", ("all", 2.0**-126)),
 }
 
 
@@ -209,7 +215,7 @@ def test_kernels_lower_for_a_gpu_without_one(sizes, dtype, T):
         assert "mosaic_gpu" in lowered(packed, q, k, v)
 
 
-@pytest.mark.parametrize("chosen", [1, 7, 15])
+@pytest.mark.parametrize("chosen", [1, 7, 63])
 def test_the_gate_lowers_at_a_long_context(chosen):
     q, mean = (jax.ShapeDtypeStruct((2, n, 16, 128), jnp.bfloat16) for n in (65536, 512))
     calls = [jax.export.DisabledSafetyCheck.custom_call(f"mosaic_gpu{suffix}") for suffix in ("", "_v2")]
@@ -310,12 +316,35 @@ def told(called, name, function):
 
 @pytest.mark.parametrize("size", [64, 128, 192])
 def test_a_row_is_copied_to_where_tiles_have_it(size):
-    rows, columns = np.arange(32 * size).reshape(32, size), size // LINE
-    lines = rows.reshape(4, 8, columns, LINE).swapaxes(1, 2).reshape(-1, LINE)  # as TRANSFORMS tile it
-    for place in range(32):
-        for c in range(columns):
-            line = line_number(jnp.int32(place), c, columns)
-            assert (lines[line] == rows[place, c * LINE : (c + 1) * LINE]).all()
+    line, columns = gather_sm90.LINE, size // gather_sm90.LINE
+    rows = np.arange(32 * size).reshape(32, size)
+    lines = rows.reshape(4, 8, columns, line).swapaxes(1, 2).reshape(-1, line)  # as TRANSFORMS tile it
+    # The kernel's arithmetic, folded by the compiler.
+    with mlir.make_ir_context() as context, ir.Location.unknown(context):
+        module = ir.Module.create()
+        with ir.InsertionPoint(module.body):
+
+            @func.FuncOp.from_py_func(name="lines")
+            def _lines():
+                places = [mgpu.c(place, ir.IntegerType.get_signless(32)) for place in range(32)]
+                return [gather_sm90._line(place, c, columns) for place in places for c in range(columns)]
+
+        passmanager.PassManager.parse("builtin.module(canonicalize)").run(module.operation)
+        (made,) = module.body.operations
+        numbers = [ir.IntegerAttr(x.owner.attributes["value"]).value for x in made.entry_block.operations[-1].operands]
+    np.testing.assert_array_equal(lines[numbers], rows.reshape(-1, line))
+
+
+def test_multiprocessors_keep_pace_over_one_long_document_alone():
+    def waits(T, **how):
+        q, k = (jax.ShapeDtypeStruct((1, T, heads, 128), jnp.bfloat16) for heads in (2, 1))
+        return "nanosleep" in lowered(
+            functools.partial(full_sm90.attention, scale=0.1, num_sms=H100_SMS, **how), q, k, k
+        )
+
+    assert waits(2**17)
+    assert not waits(2**15)
+    assert not waits(2**17, segment_ids=jnp.zeros((1, 2**17), jnp.int32))
 
 
 def test_keys_of_a_chunk_are_read_as_they_lie():

@@ -1159,6 +1159,27 @@ KERNELS_MUTANTS = (
         "tests/test_tile_shares.py::test_key_heads_take_turns_and_a_turn_begins_with_the_longest_tiles",
     ),
     Mutant(
+        "scores that are all but zero are not enlarged",
+        "k2jax/kernels/moba/gate_sm90.py",
+        "ENLARGED = 2.0**60",
+        "ENLARGED = 1.0",
+        f"{HOPPER_GATE}[scores that are all but zero]",
+    ),
+    Mutant(
+        "a row's lines lie behind each other",
+        "k2jax/kernels/attention/gather_sm90.py",
+        "in_columns = arith.addi(arith.muli(group, number(columns)), number(c))",
+        "in_columns = arith.addi(arith.muli(group, number(1)), number(c))",
+        "tests/test_moba_sm90.py::test_a_row_is_copied_to_where_tiles_have_it[192]",
+    ),
+    Mutant(
+        "nobody keeps pace",
+        "k2jax/kernels/attention/tiles_sm90.py",
+        "is_near = self.has_starts or",
+        "is_near = True or",
+        "tests/test_moba_sm90.py::test_multiprocessors_keep_pace_over_one_long_document_alone",
+    ),
+    Mutant(
         "all keys are copied for every chunk of a prefill",
         "k2jax/kernels/moba/sm90.py",
         "return block_size % TILE > 0 or segment_ids is not None",

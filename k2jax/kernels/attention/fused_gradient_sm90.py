@@ -55,7 +55,7 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, starts=None, choice=None, inte
     (B, S, G, K), dtype = k_BSGK.shape, k_BSGK.dtype
     T, H = own[0].shape[1:3]
     if (K, v_BSGV.shape[-1]) != (SIZE, SIZE) or (starts is None and T != S):
-        raise ValueError(f"{T} queries of {S} keys of sizes {K}, {v_BSGV.shape[-1]}: built are sizes {SIZE}, T = S")
+        raise ValueError(f"{T} queries of {S} keys of sizes {K}, {v_BSGV.shape[-1]}: built are {SIZE}, T = S or starts")
     if not (starts is None or choice is None):
         raise ValueError("starts and a choice: one of both is built")
     # With more of them a head's rows do not stay in the cache from unit to unit, with fewer its units wait for each

@@ -80,7 +80,7 @@ def copy_rows(arrays, index_P, first, count, place, barriers, slot):
     """Copies `count` rows to the places of rings from `place` on, counted over all of a ring's rows. One warp's part.
 
     Args:
-      arrays: (array_XE, array of the ring, its lines) each.
+      arrays: (array_XE, the ring as products read it, its lines) each; the copies need the lines alone.
       index_P: the numbers of rows; of X or more, zeros are copied.
       first: of the first one, in index_P.
       barriers, slot: of the ring.
@@ -136,7 +136,7 @@ def _one_lane():
 
 
 def _line(place, c, columns):
-    """`line_number`, in the compiler's terms."""
+    """Where a ring has line c of a row: tiles of eight rows and one line, one row of tiles after the other."""
 
     def number(x):
         return mgpu.c(x, place.type)
@@ -144,11 +144,6 @@ def _line(place, c, columns):
     group, within = arith.divui(place, number(TILE_ROWS)), arith.remui(place, number(TILE_ROWS))
     in_columns = arith.addi(arith.muli(group, number(columns)), number(c))
     return arith.addi(arith.muli(in_columns, number(TILE_ROWS)), within)
-
-
-def line_number(place, c, columns):
-    """Where a ring has line c of a row: tiles of eight rows and one line, one row of tiles after the other."""
-    return (lax.div(place, jnp.int32(TILE_ROWS)) * columns + c) * TILE_ROWS + lax.rem(place, jnp.int32(TILE_ROWS))
 
 
 def by_warps(copy):

@@ -3,7 +3,7 @@
 Who reads a key first brings it from memory for all, as long as it is still in the second-level cache when the last one
 reads it. Where a head's keys and values are more than the cache holds, that takes multiprocessors that stay near each
 other. By themselves they drift apart: over a million tokens every key came from memory again and again, and a GPU at
-work is limited by its power, so all of it was a seventh slower.
+work is limited by its power, so all of it took a seventh longer.
 
 So each counts the parts of its share of steps that it begins, and waits before a part until all others have begun the
 one `AHEAD` before. The order of results does not depend on it, and it is a courtesy: who has waited long for one that
@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
 
-STEPS = 64  # of a part; 128 keys each, a tenth of a millisecond together
+STEPS = 64  # of a part: of 128 keys each, a tenth of a millisecond together
 AHEAD = 2  # parts
 TRIES = 2048  # of a microsecond or two
 

@@ -156,10 +156,10 @@ def rows_gradient(
     K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
     step, slots, outs = _fit(((64, 2, CONSUMERS), (64, 1, CONSUMERS)), TILE * (K + V), SLOTS * (K + V), ROWS * K)
     work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys)
-    share_LM, parts = work.shares(num_sms, V)
+    share_LM, _ = work.shares(num_sms, V)  # Keeping pace was measured forward alone.
     kernel = _persistent(
         "rows_gradient",
-        functools.partial(_rows_gradient_kernel, work=work, parts=parts, scale=scale),
+        functools.partial(_rows_gradient_kernel, work=work, scale=scale),
         out_type=jax.ShapeDtypeStruct((*_rows_shape(q, chosen), K), dtype),
         num_sms=num_sms,
         interpret=interpret,
@@ -279,10 +279,12 @@ class _Work:
         is_near = self.has_starts or self.block_size < self.length or fits_into_cache(bytes_of_a_head)
         return jnp.asarray(share_LM), 0 if is_near else pace.parts_of(most_steps(share_LM, steps))
 
-    def walk(self, table, table_2, _, share_LM, body):
+    def walk(self, tables, body):
         """body(number here, tile, steps so far) for each tile of ours; the number of their steps. All warpgroups count
         the same.
         """
+
+        table, table_2, _, share_LM = tables
 
         def one(here, number, so_far):
             if self.gathers:
@@ -478,12 +480,12 @@ def _stream(work, parts, tables, rows, row_barriers, keys):
             gather.copy_rows(rows, indices, 0, share, slot * TILE + warp * share, full, slot)
             pl.when(warp == 0)(lambda: copy_keys(tile, so_far))
 
-        work.walk(*tables, one)
+        work.walk(tables, one)
 
     if work.gathers:
         gather.by_warps(by_warp)
         return
-    steps = work.walk(*tables, one)
+    steps = work.walk(tables, one)
     if parts:
         pace.end(passed_P, parts, steps)
 
@@ -559,7 +561,7 @@ def _attend_kernel(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(out_free.at[1 - wg])
 
-        work.walk(*tables, one)
+        work.walk(tables, one)
 
         @pl.when(wg == 0)
         def _last():
@@ -681,8 +683,8 @@ def _soften(carry, seen_QN, chosen_Q, scale, dtype):
 
 
 def _rows_gradient_kernel(
-    table, table_2, index_P, share_LM, q, dout, lse, delta, k_BSGK, v_BSGV, dq, *, work, parts, scale, q_RWQK,
-    dout_RWQV, k_RNK, v_RNV, dq_WQK, q_full, q_empty, k_full, k_empty,
+    table, table_2, index_P, share_LM, q, dout, lse, delta, k_BSGK, v_BSGV, dq, *, work, scale, q_RWQK, dout_RWQV,
+    k_RNK, v_RNV, dq_WQK, q_full, q_empty, k_full, k_empty,
 ):  # fmt: skip
     wg, tables = lax.axis_index("wg"), (table, table_2, index_P, share_LM)
     (q_RWQK, q_lines), (dout_RWQV, dout_lines) = (gather.views(ring, work.gathers) for ring in (q_RWQK, dout_RWQV))
@@ -695,7 +697,7 @@ def _rows_gradient_kernel(
 
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, k_full, None)]
         rows = [(q, q_RWQK, q_lines), (dout, dout_RWQV, dout_lines)]
-        _stream(work, parts, tables, rows, (q_full, q_empty), keys)
+        _stream(work, 0, tables, rows, (q_full, q_empty), keys)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -738,5 +740,5 @@ def _rows_gradient_kernel(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dq_WQK.at[wg], tile.rows_of(dq, wg * ROWS, ROWS))
 
-        work.walk(*tables, one)
+        work.walk(tables, one)
         plgpu.wait_smem_to_gmem(0)

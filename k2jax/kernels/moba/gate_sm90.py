@@ -39,7 +39,8 @@ from k2jax.kernels.attention.tiles_sm90 import (
 
 STEP = 64  # blocks scored at a time
 LOWEST = -1e38  # the score of no candidate; those of candidates are cut to what is between this and 1e38
-FAR = 3e38  # The difference of two scores times this is more than any number of blocks.
+FAR = 3e38  # The difference of two scores times this is more than any number of blocks,
+ENLARGED = 2.0**60  # if scores of bfloat16 are larger by this; of float16 they are multiples of 2^-48.
 SCALAR = plgpu.Layout.WG_SPLAT(())
 VOTE = """{
     .reg .pred any;
@@ -59,12 +60,14 @@ def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, first_BT, end_BT, *, n
       num_sms, interpret: as in `tiles_sm90.attend`.
 
     Returns: int32 winner_BHJT with T rounded up to a tile, the best block first, the lowest of equal ones; -1 where
-      there are fewer. A score that is no number is never chosen; scores nearer than 1e-33 to each other
-      may count as equal. What is behind T means nothing.
+      there are fewer. A score that is no number is never chosen, and those beyond 8e19 count as equal. What is behind T
+      means nothing.
     """
     (B, T, H, K), dtype = q_BTHK.shape, q_BTHK.dtype
     # Copies swizzle rows in groups of eight. What they read behind the last block is zero, and nobody's candidate.
     D = mean_key_BDGK.shape[1]
+    if dtype == jnp.bfloat16:
+        mean_key_BDGK = mean_key_BDGK * jnp.bfloat16(ENLARGED)  # exact
     mean_key_BDGK = jnp.pad(mean_key_BDGK, ((0, 0), (0, max(-D % 8, STEP - D)), (0, 0), (0, 0)))
     to_tile = ((0, 0), (0, padded(T) - T))
     range_2BT = jnp.stack([jnp.pad(x, to_tile, mode="edge") for x in (first_BT, end_BT)])

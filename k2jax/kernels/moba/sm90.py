@@ -1,8 +1,7 @@
 """MoBA on Hopper GPUs: selection, two attention streams and their exact backward, with the hot loops in Pallas.
 
 1. `gate_sm90` chooses each query's earlier blocks without ever writing a score to memory.
-2. `grouping` sorts the (query, block) pairs by block and cuts them into tiles of 128, whose
-   queries the kernels gather.
+2. `grouping` sorts the (query, block) pairs by block and cuts them into tiles of 128, whose queries the kernels gather.
 3. `attention.tiles_sm90` computes the tiles, and the queries against their own blocks as they lie.
 4. The partial results of a query are gathered back and joined by their log-sum-exp, in the order of its choices.
 Where a text is so short that 2 to 4 take longer than all pairs of its tokens (`is_short`), its forward pass computes
@@ -134,16 +133,20 @@ def _packed(settings, where, history, candidates, q_BTHK, k_BSGK, q_offset, copi
     return Packed(first_BT, end_BT, starts, copied)
 
 
-def working_numbers(q_shape, v_shape, block_size, top_k, packs):
-    """An estimate of the numbers of 32 bits that the backward holds beyond inputs and outputs. packs: `is_packed`."""
-    B, T, H, K = q_shape
-    J = min(top_k - 1, (T - 1) // block_size)
+def working_numbers(q_shape, v_shape, block_size, top_k, packs, copies):
+    """An estimate of the numbers of 32 bits that the backward holds beyond inputs and outputs.
+
+    packs, copies: `is_packed` and `is_copied`.
+    """
+    (B, T, H, K), (_, S, G, V) = q_shape, v_shape
+    J = min(top_k - 1, (S - 1) // block_size)
     all_pairs = B * H * T * J
     if not packs and is_built(q_shape, v_shape) and is_short(T, block_size, J, BACKWARD_KEYS_OF_A_CHOICE):
         return all_pairs + full_numbers(q_shape, v_shape)
     # The parts of dq at 16 bits; for each of all pairs its winner, of those at hand six numbers more.
     pairs = min(all_pairs, PAIRS)
-    return pairs * K // 2 + 6 * pairs + all_pairs + B * H * T * (K + 4)
+    # Copied keys and values, and their gradients, at 16 bits.
+    return pairs * K // 2 + 6 * pairs + all_pairs + B * H * T * (K + 4) + copies * B * S * G * (K + V)
 
 
 class Settings(NamedTuple):
