@@ -287,7 +287,7 @@ GRADIENTS = {
     "full, documents": (FULL, {}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, True),
     "full, a chunk of the queries": (FULL, {"T": 1024}, {"q_offset": 3}, True),
     "MoBA, short": (CHOOSING, {}, {}, True),
-    "MoBA, 8K": (CHOOSING, {"T": 8192, "S": 8192}, {}, False),
+    "MoBA, 6K": (CHOOSING, {"T": 6144, "S": 6144}, {}, False),
     "MoBA, heads of 64": (CHOOSING, {"K": 64, "V": 64}, {}, False),
     "MoBA, documents": (CHOOSING, {}, {"segment_ids": jnp.zeros((1, 2048), jnp.int32)}, False),
 }
