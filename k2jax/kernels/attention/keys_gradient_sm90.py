@@ -22,7 +22,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from k2jax.kernels.attention import gather_sm90 as gather
 from k2jax.kernels.attention.key_heads import KeyHeads
 from k2jax.kernels.attention.shares_sm90 import heads_at_a_time
-from k2jax.kernels.attention.tiles_sm90 import CONSUMERS, LOG2E, PRODUCER, TRANSFORMS, slot_of, wait_free
+from k2jax.kernels.attention.tiles_sm90 import (
+    CONSUMERS,
+    LOG2E,
+    PRODUCER,
+    TRANSFORMS,
+    ring_of_rows,
+    slot_of,
+    wait_free,
+)
 
 KEYS = 64  # of a warpgroup
 UNIT = KEYS * CONSUMERS
@@ -64,11 +72,6 @@ def keys_gradient(
     shape, num_heads = (heads.num_rows, S, heads.num_heads), heads.num_rows * heads.num_heads
     # Own rows are read by unit after unit. Those of a key head's query heads follow each other.
     at_a_time = num_heads if own is None else heads_at_a_time(num_heads, 2 * own[0].shape[1] * (K + V))
-
-    def ring_of(size):
-        tiled = plgpu.SMEM((SLOTS, ROWS, size), dtype, transforms=TRANSFORMS)
-        return tiled if chosen is None else gather.with_lines(tiled)
-
     kernel = plgpu.kernel(
         functools.partial(_kernel, names=tuple(arrays), scale=scale, block_size=block_size),
         out_type=(jax.ShapeDtypeStruct((*shape, K), dtype), jax.ShapeDtypeStruct((*shape, V), dtype)),
@@ -82,8 +85,8 @@ def keys_gradient(
         scratch_types={
             "k_WNK": plgpu.SMEM((CONSUMERS, KEYS, K), dtype, transforms=TRANSFORMS),
             "v_WNV": plgpu.SMEM((CONSUMERS, KEYS, V), dtype, transforms=TRANSFORMS),
-            "q_RQK": ring_of(K),
-            "dout_RQV": ring_of(V),
+            "q_RQK": ring_of_rows((SLOTS, ROWS, K), dtype, chosen),
+            "dout_RQV": ring_of_rows((SLOTS, ROWS, V), dtype, chosen),
             "lse_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
             "delta_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
             "start_RQ": plgpu.SMEM((SLOTS, ROWS), jnp.int32),

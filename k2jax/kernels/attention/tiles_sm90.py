@@ -124,7 +124,7 @@ def attend(
         num_sms=num_sms,
         interpret=interpret,
         scratch={
-            "q_RWQK": _ring_of_rows((slots, CONSUMERS, ROWS, K), dtype, chosen),
+            "q_RWQK": ring_of_rows((slots, CONSUMERS, ROWS, K), dtype, chosen),
             "k_RNK": plgpu.SMEM((SLOTS, step, K), dtype, transforms=TRANSFORMS),
             "v_RNV": plgpu.SMEM((SLOTS, step, V), dtype, transforms=TRANSFORMS),
             "out_WQV": plgpu.SMEM((outs, ROWS, V), dtype, transforms=TRANSFORMS),
@@ -164,8 +164,8 @@ def rows_gradient(
         num_sms=num_sms,
         interpret=interpret,
         scratch={
-            "q_RWQK": _ring_of_rows((slots, CONSUMERS, ROWS, K), dtype, chosen),
-            "dout_RWQV": _ring_of_rows((slots, CONSUMERS, ROWS, V), dtype, chosen),
+            "q_RWQK": ring_of_rows((slots, CONSUMERS, ROWS, K), dtype, chosen),
+            "dout_RWQV": ring_of_rows((slots, CONSUMERS, ROWS, V), dtype, chosen),
             "k_RNK": plgpu.SMEM((SLOTS, step, K), dtype, transforms=TRANSFORMS),
             "v_RNV": plgpu.SMEM((SLOTS, step, V), dtype, transforms=TRANSFORMS),
             "dq_WQK": plgpu.SMEM((outs, ROWS, K), dtype, transforms=TRANSFORMS),
@@ -195,7 +195,7 @@ def _vector_shape(q, chosen):
     return (q.shape[0], q.shape[2], padded(q.shape[1])) if chosen is None else chosen.index_P.shape
 
 
-def _ring_of_rows(shape, dtype, chosen):
+def ring_of_rows(shape, dtype, chosen):
     tiled = plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
     return tiled if chosen is None else gather.with_lines(tiled)
 
@@ -283,7 +283,6 @@ class _Work:
         """body(number here, tile, steps so far) for each tile of ours; the number of their steps. All warpgroups count
         the same.
         """
-
         table, table_2, _, share_LM = tables
 
         def one(here, number, so_far):
@@ -320,7 +319,7 @@ class _Work:
                 return seen_QN
             rows = pl.ds(first_row + first, shape[0])
             start_Q = plgpu.load(start_BT.at[batch, rows], layout=ROW, optimized=False) - first_key
-            return seen_QN & (key_QN >= _over(start_Q, shape))
+            return seen_QN & (key_QN >= over_rows(start_Q, shape))
 
         def chooses(first):
             rows = pl.ds(first_row + first, ROWS)
@@ -503,11 +502,11 @@ def _wait_rows(work, full, here, ring):
         plgpu.barrier_wait(full.at[slot_of(here, slots)])
 
 
-def _over(row_Q, shape):
+def over_rows(row_Q, shape):
     return lax.broadcast_in_dim(row_Q, shape, [0])
 
 
-def _filled(value, shape, layout):
+def filled(value, shape, layout):
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
@@ -551,7 +550,7 @@ def _attend_kernel(
             else:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_QV = out_WQV.at[0 if one_out else wg]
-            out_QV[...] = (acc_QV * _over(1.0 / sum_Q, acc_QV.shape)).astype(q.dtype)
+            out_QV[...] = (acc_QV * over_rows(1.0 / sum_Q, acc_QV.shape)).astype(q.dtype)
             lse_max_2WQ.at[0, wg][...] = max_Q * scale + jnp.log(sum_Q)
             lse_max_2WQ.at[1, wg][...] = max_Q * scale
             plgpu.commit_smem()
@@ -640,8 +639,8 @@ def _attend_tile(tile, so_far, rows, ring, turn, scale):
     plgpu.barrier_wait(turn.at[wg])
     wait_for_keys(0)
     s_QN = pl.run_scoped(first_logits, plgpu.ACC((ROWS, N), jnp.float32))
-    nothing = _filled(0.0, (ROWS, V), plgpu.Layout.WGMMA)
-    carry = (s_QN, nothing, _filled(-jnp.inf, (ROWS,), ROW), _filled(0.0, (ROWS,), ROW))
+    nothing = filled(0.0, (ROWS, V), plgpu.Layout.WGMMA)
+    carry = (s_QN, nothing, filled(-jnp.inf, (ROWS,), ROW), filled(0.0, (ROWS,), ROW))
     carry = _over_keys(tile, wg * ROWS, carry, kv_step, last)
     plgpu.barrier_arrive(q_empty)
     p_QN, acc_QV, max_Q, sum_Q = soften(last, carry, tile.sees is not None)
@@ -672,9 +671,9 @@ def _soften(carry, seen_QN, chosen_Q, scale, dtype):
     subtracted_Q = new_Q * (scale * LOG2E)
     if chosen_Q is not None:
         subtracted_Q = jnp.where(chosen_Q, subtracted_Q, jnp.inf)
-    p_QN = jnp.exp2(s_QN * (scale * LOG2E) - _over(subtracted_Q, s_QN.shape))
+    p_QN = jnp.exp2(s_QN * (scale * LOG2E) - over_rows(subtracted_Q, s_QN.shape))
     sum_Q = sum_Q * faded_Q + p_QN.sum(axis=1)
-    acc_QV = acc_QV * _over(faded_Q, acc_QV.shape)
+    acc_QV = acc_QV * over_rows(faded_Q, acc_QV.shape)
     # The compiler would otherwise move arithmetic past the barriers, into the other warpgroup's turn.
     return lax.optimization_barrier((p_QN.astype(dtype), acc_QV, new_Q, sum_Q))
 
@@ -720,10 +719,10 @@ def _rows_gradient_kernel(
 
                 acc = plgpu.ACC((ROWS, N), jnp.float32)
                 s_QN, dp_QN = pl.run_scoped(products, acc, acc)
-                p_QN = jnp.exp2(s_QN * (scale * LOG2E) - _over(lse_Q, s_QN.shape))
+                p_QN = jnp.exp2(s_QN * (scale * LOG2E) - over_rows(lse_Q, s_QN.shape))
                 if masked:
                     p_QN = jnp.where(tile.sees(s_QN.shape, wg * ROWS, i), p_QN, 0.0)
-                ds_QN = (p_QN * (dp_QN - _over(delta_Q, dp_QN.shape))).astype(dtype)
+                ds_QN = (p_QN * (dp_QN - over_rows(delta_Q, dp_QN.shape))).astype(dtype)
                 plgpu.wgmma(dq_QK, ds_QN, k_RNK.at[slot])
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(k_empty.at[slot])

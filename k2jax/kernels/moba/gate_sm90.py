@@ -30,6 +30,8 @@ from k2jax.kernels.attention.tiles_sm90 import (
     TILE,
     TRANSFORMS,
     blocks_at_a_time,
+    filled,
+    over_rows,
     padded,
     slot_of,
     split,
@@ -163,7 +165,9 @@ def _kernel(
                 plgpu.barrier_arrive(empty.at[slot])
                 return _best_of(score_QN, best, candidates, span, i)
 
-            nothing = tuple((_row(LOWEST), _row(-1.0)) for _ in range(winner_WJQ.shape[1]))
+            nothing = tuple(
+                (filled(LOWEST, (ROWS,), ROW), filled(-1.0, (ROWS,), ROW)) for _ in range(winner_WJQ.shape[1])
+            )
             best = lax.fori_loop(0, steps, step, nothing)
             plgpu.barrier_arrive(q_empty.at[q_slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -177,10 +181,6 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _row(value):
-    return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW)
-
-
 def _best_of(score_QN, best, candidates, span, i):
     """The sorted list (score, block) of each row after the blocks of step i. float32 holds every block."""
     shape = score_QN.shape
@@ -191,7 +191,7 @@ def _best_of(score_QN, best, candidates, span, i):
     score_QN = jnp.minimum(jnp.where(score_QN > LOWEST, score_QN, LOWEST), -LOWEST)
 
     def of_candidates():
-        first_QN, end_QN = (_over(x, shape) for x in candidates)
+        first_QN, end_QN = (over_rows(x, shape) for x in candidates)
         return jnp.where((block_QN >= first_QN) & (block_QN < end_QN), score_QN, LOWEST)
 
     all_are = (first_block >= all_begin) & (first_block + STEP <= all_end)
@@ -207,11 +207,11 @@ def _best_of(score_QN, best, candidates, span, i):
         score_QN, score_Q, best = state
         # What is not the maximum is left far below: a comparison and a choice, in the additions and products of which
         # a GPU does twice as many.
-        minus_or_low_QN = (score_QN - _over(score_Q, shape)) * FAR + minus_QN
+        minus_or_low_QN = (score_QN - over_rows(score_Q, shape)) * FAR + minus_QN
         minus_Q = minus_or_low_QN.max(axis=1)
         best = _inserted(best, score_Q, -minus_Q)
         # The one that is taken becomes the lowest; what the others are compared with is above all scores.
-        score_QN = jnp.minimum(score_QN, (_over(minus_Q, shape) - minus_or_low_QN) * FAR + LOWEST)
+        score_QN = jnp.minimum(score_QN, (over_rows(minus_Q, shape) - minus_or_low_QN) * FAR + LOWEST)
         return score_QN, score_QN.max(axis=1), best
 
     return lax.while_loop(has_better, take_one, (score_QN, score_QN.max(axis=1), best))[2]
@@ -226,10 +226,6 @@ def _inserted(best, score_Q, block_Q):
         new.append((jnp.where(better_Q, score_Q, have_Q), jnp.where(better_Q, block_Q, have_block_Q)))
         score_Q, block_Q = jnp.where(better_Q, have_Q, score_Q), jnp.where(better_Q, have_block_Q, block_Q)
     return tuple(new)
-
-
-def _over(row_Q, shape):
-    return lax.broadcast_in_dim(row_Q, shape, [0])
 
 
 def any_of_warp(row_Q):
