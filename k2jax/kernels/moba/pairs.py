@@ -1,4 +1,4 @@
-"""What the kernels for every device do around their tiles: the choice by XLA, heads in groups, partial results joined.
+"""What the kernels for every device do around their tiles: mean keys, heads in groups, partial results joined.
 
 Legend: B batch, T queries, S keys, H query heads, G key heads, R = H // G, N blocks that may be chosen, C keys of a
 block, J earlier blocks per query, L rows of a tile, Y tiles, P = Y * L places, K query/key size, V value size, E
@@ -9,12 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.kernels.attention.key_heads import KeyHeads
-from k2jax.kernels.moba.blocks import choose
-from k2jax.kernels.moba.routing import map_steps
 
 MAX_BLOCKS = 63  # Partial results of a query, each gathered back on its own.
 MIN_BLOCK = 64  # A tile reads 128 keys of a block at a time, what is missing of them for nothing.
-MAX_PASSES = 15  # Of `blocks.choose`; with more, one sort is cheaper.
 
 
 def refused_blocks(S, block_size, top_k) -> str | None:
@@ -29,38 +26,6 @@ def refused_blocks(S, block_size, top_k) -> str | None:
 def mean_keys(far_BNCGK):
     """The mean key of each block, rounded, as the official code does before the product."""
     return jnp.mean(far_BNCGK, axis=2, dtype=jnp.float32).astype(far_BNCGK.dtype)
-
-
-def choose_by_xla(q_BTHK, mean_BNGK, J, first_BT, end_BT, rows):
-    """The J best blocks of each query among `first .. end - 1`, best first, the lowest of equal ones; -1 for none.
-
-    rows: how many queries are scored at a time; T of the result is a multiple of it.
-
-    Returns: winner_BHJT.
-    """
-    (B, T, H, K), (N, G) = q_BTHK.shape, mean_BNGK.shape[1:3]
-    precision = jax.lax.Precision.HIGHEST if q_BTHK.dtype == jnp.float32 else None
-
-    def tiles(x_BT):
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, -T % rows)) + ((0, 0),) * (x_BT.ndim - 2))
-        return jnp.moveaxis(x_BT.reshape(B, -1, rows, *x_BT.shape[2:]), 1, 0)
-
-    def one_tile(xs):
-        q_BLGRK, first_BL, end_BL = xs
-        score_BGRLN = jnp.einsum(
-            "blgrk,bngk->bgrln", q_BLGRK, mean_BNGK, precision=precision, preferred_element_type=jnp.float32
-        )
-        block_N = jnp.arange(N)
-        candidate_BLN = (block_N >= first_BL[..., None]) & (block_N < end_BL[..., None])
-        candidate_BGRLN = jnp.broadcast_to(candidate_BLN[:, None, None], score_BGRLN.shape)
-        if J <= MAX_PASSES:
-            return choose(score_BGRLN, candidate_BGRLN, J)
-        # `lax.top_k` has the lowest block first among equals, too.
-        best, winner_BGRLJ = jax.lax.top_k(jnp.where(candidate_BGRLN, score_BGRLN, -jnp.inf), J)
-        return jnp.where(best > -jnp.inf, winner_BGRLJ, -1)
-
-    winner_YBGRLJ = map_steps(one_tile, (tiles(q_BTHK.reshape(B, T, G, H // G, K)), tiles(first_BT), tiles(end_BT)))
-    return winner_YBGRLJ.transpose(1, 2, 3, 5, 0, 4).reshape(B, H, J, -1)
 
 
 def selection(winner_BHJT, own_BT, block_id_BN, top_k):

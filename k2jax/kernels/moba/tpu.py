@@ -1,6 +1,6 @@
 """MoBA on TPUs: selection by XLA, two attention streams and their exact backward, with the hot loops in Pallas.
 
-1. XLA scores the blocks for some queries at a time and chooses (`pairs.choose_by_xla`).
+1. XLA scores the blocks for some queries at a time and chooses.
 2. `grouping` sorts the (query, block) pairs by block and cuts them into tiles; XLA gathers the tiles' queries.
 3. `attention.tiles_tpu` computes the tiles, and the queries against their own blocks as they lie.
 4. The partial results of a query are gathered back and joined by their log-sum-exp, in the order of its choices.
@@ -11,8 +11,9 @@ Nothing is ever added in an order that could change between runs.
 Work space grows with queries times top_k, so heads are taken in groups of at most `PAIRS` pairs.
 
 Legend: B batch, T queries, S keys, H query heads, G key heads, R = H // G, X = B * H, Z = B * G, D blocks of a key
-head, C tokens of a block, J earlier blocks per query, Y tiles, P places of all of them, W = Z * D blocks, K query/key
-size, V value size, E either. T and S are rounded up to whole steps inside.
+head, N blocks that may be chosen, C tokens of a block, J earlier blocks per query, L queries scored at a time, Y tiles, P
+places of all of them, W = Z * D blocks, K query/key size, V value size, E either. T and S are rounded up to whole steps
+inside.
 """
 
 import functools
@@ -39,11 +40,10 @@ from k2jax.kernels.attention.tpu import (
     tokens_first,
 )
 from k2jax.kernels.attention.tpu import refusal as attention_refusal
-from k2jax.kernels.moba.blocks import Attended, Residuals, layout
+from k2jax.kernels.moba.blocks import Attended, Residuals, choose, layout
 from k2jax.kernels.moba.grouping import group, num_tiles
 from k2jax.kernels.moba.pairs import (
     by_heads,
-    choose_by_xla,
     gather,
     join,
     largest,
@@ -52,11 +52,12 @@ from k2jax.kernels.moba.pairs import (
     refused_blocks,
     selection,
 )
-from k2jax.kernels.moba.routing import history_blocks
+from k2jax.kernels.moba.routing import history_blocks, map_steps
 
 # Pairs whose gathered queries and partial results are in memory at once: 1 GiB at 2 * 256 bytes each, 1.5 backward.
 PAIRS = 2**21
 GATE_SCORES = 2**24  # held at once, over batch, heads, queries and blocks
+MAX_PASSES = 15  # Of `blocks.choose`; with more, one sort is cheaper.
 
 
 def refusal(q_shape, k_shape, v_shape, dtype, *, block_size, top_k) -> str | None:
@@ -306,7 +307,39 @@ def _choose(settings, q_XTK, far_WCK, tables):
     q_BTHK = tokens_first(q_XTK, B, T)
     rows = GATE_SCORES // (B * H * settings.table_blocks) // LANES * LANES
     rows = min(T, max(LANES, rows))
-    return choose_by_xla(q_BTHK, mean_BNGK, J, tables.first_BT, tables.end_BT, rows)[..., :T]
+    return _choose_by_xla(q_BTHK, mean_BNGK, J, tables.first_BT, tables.end_BT, rows)[..., :T]
+
+
+def _choose_by_xla(q_BTHK, mean_BNGK, J, first_BT, end_BT, rows):
+    """The J best blocks of each query among `first .. end - 1`, best first, the lowest of equal ones; -1 for none.
+
+    rows: how many queries are scored at a time; T of the result is a multiple of it.
+
+    Returns: winner_BHJT.
+    """
+    (B, T, H, K), (N, G) = q_BTHK.shape, mean_BNGK.shape[1:3]
+    precision = jax.lax.Precision.HIGHEST if q_BTHK.dtype == jnp.float32 else None
+
+    def tiles(x_BT):
+        x_BT = jnp.pad(x_BT, ((0, 0), (0, -T % rows)) + ((0, 0),) * (x_BT.ndim - 2))
+        return jnp.moveaxis(x_BT.reshape(B, -1, rows, *x_BT.shape[2:]), 1, 0)
+
+    def one_tile(xs):
+        q_BLGRK, first_BL, end_BL = xs
+        score_BGRLN = jnp.einsum(
+            "blgrk,bngk->bgrln", q_BLGRK, mean_BNGK, precision=precision, preferred_element_type=jnp.float32
+        )
+        block_N = jnp.arange(N)
+        candidate_BLN = (block_N >= first_BL[..., None]) & (block_N < end_BL[..., None])
+        candidate_BGRLN = jnp.broadcast_to(candidate_BLN[:, None, None], score_BGRLN.shape)
+        if J <= MAX_PASSES:
+            return choose(score_BGRLN, candidate_BGRLN, J)
+        # `lax.top_k` has the lowest block first among equals, too.
+        best, winner_BGRLJ = jax.lax.top_k(jnp.where(candidate_BGRLN, score_BGRLN, -jnp.inf), J)
+        return jnp.where(best > -jnp.inf, winner_BGRLJ, -1)
+
+    winner_YBGRLJ = map_steps(one_tile, (tiles(q_BTHK.reshape(B, T, G, H // G, K)), tiles(first_BT), tiles(end_BT)))
+    return winner_YBGRLJ.transpose(1, 2, 3, 5, 0, 4).reshape(B, H, J, -1)
 
 
 def _groups(settings, winner_BHJT):
