@@ -11,9 +11,9 @@ Nothing is ever added in an order that could change between runs.
 Work space grows with queries times top_k, so heads are taken in groups of at most `PAIRS` pairs.
 
 Legend: B batch, T queries, S keys, H query heads, G key heads, R = H // G, X = B * H, Z = B * G, D blocks of a key
-head, N blocks that may be chosen, C tokens of a block, J earlier blocks per query, L queries scored at a time, Y tiles, P
-places of all of them, W = Z * D blocks, K query/key size, V value size, E either. T and S are rounded up to whole steps
-inside.
+head, N blocks that may be chosen, C tokens of a block, J earlier blocks per query, L queries scored at a time, Y tiles,
+P places of all of them, W = Z * D blocks, K query/key size, V value size, E either. T and S are rounded up to whole
+steps inside.
 """
 
 import functools
