@@ -4,7 +4,8 @@
 
 Forward, and forward with backward, bf16. The implementations take turns, in another order each round, because a GPU
 that gets warm gets slower: what is compared ran within the same second, after any of the others. Times are medians over
-ROUNDS; what cannot run a case is said. Prints a table; --write keeps it in benchmarks/results/dense_attention.json.
+ROUNDS; what cannot run a case is said. Packed documents are compared with flash-attn3-jax's form of them alone; the
+others' interfaces have none. Prints a table; --write keeps it in benchmarks/results/dense_attention.json.
 Whether the kernels are right, tests/test_gpu.py asks.
 """
 
@@ -16,11 +17,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks import moba, record
-from benchmarks.moba import say
+from benchmarks.moba import SCALE, say
+from k2jax.kernels.attention import sm90
 
-# name: batch, tokens, query heads, key heads, sizes of keys and values
+# name: batch, tokens, query heads, key heads, sizes of keys and values, ends of documents
 CASES = {
     "4K": (2, 4096, 16, 16, 128, 128),
     "8K": (2, 8192, 16, 16, 128, 128),
@@ -30,7 +33,12 @@ CASES = {
     "128K": (2, 131072, 16, 16, 128, 128),
     "16K, 4 key heads": (2, 16384, 16, 4, 128, 128),
     "32K, MLA": (1, 32768, 16, 16, 192, 128),
-}
+    "32K, 4 documents": (2, 32768, 16, 16, 128, 128, 8192, 16384, 24576, 32768),
+    "32K, 12 documents": (
+        2, 32768, 16, 16, 128, 128,
+        700, 1500, 1900, 5600, 9000, 9300, 12000, 17400, 18200, 23600, 29000, 32768,
+    ),
+}  # fmt: skip
 WHATS = {"forward": False, "forward + backward": True}
 ROUNDS = 7
 ROUND_SECONDS = 0.03  # of calls in a row, at least one
@@ -40,19 +48,41 @@ def compiled_cases(names) -> dict:
     """{name: {(what, who): the program, to come}}: all at once, since compiling takes longer than running."""
     pool, programs, peers = ThreadPoolExecutor(), {}, moba.dense_peers()
     for name in names:
-        arrays = jax.eval_shape(functools.partial(moba.inputs, *CASES[name]))
+        arrays, ends = jax.eval_shape(functools.partial(moba.inputs, *CASES[name][:6])), CASES[name][6:]
         programs[name] = {
             (what, who): pool.submit(moba.compiled, attention, arrays, backward)
             for what, backward in WHATS.items()
-            for who, attention in peers.items()
+            for who, attention in (document_peers(CASES[name][0], ends) if ends else peers).items()
         }
     pool.shutdown()
     return programs
 
 
+def document_peers(B, ends) -> dict:
+    """Who can attend to documents that end at `ends` in each of B rows."""
+    # Behind a barrier, so that the compiler does not work out in advance what follows from them.
+    ends_N = jax.lax.optimization_barrier(jnp.array(ends))
+
+    def ours(q, k, v):
+        segment_S = jnp.searchsorted(ends_N, jnp.arange(ends[-1]), side="right").astype(jnp.int32)
+        return sm90.attention(q, k, v, scale=SCALE, segment_ids=jnp.tile(segment_S, (B, 1))).out_BTHV
+
+    def varlen(q, k, v):
+        from flash_attn3_jax import flash_mha_varlen
+
+        row_B = jnp.arange(B, dtype=jnp.int32) * ends[-1]
+        starts = jnp.pad((row_B[:, None] + ends_N).reshape(-1).astype(jnp.int32), (1, 0))
+        longest = max(map(int.__sub__, ends, (0, *ends)))
+        options = {"max_seqlen_q": longest, "max_seqlen_k": longest, "softmax_scale": SCALE, "is_causal": True}
+        out = flash_mha_varlen(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), starts, **options)
+        return out.reshape(*q.shape[:3], -1)
+
+    return {"k2jax dense": ours, "flash-attn3-jax": varlen}
+
+
 def time_case(name, programs) -> dict[str, dict[str, float]]:
     """{what: {who: milliseconds}} of one case."""
-    arrays, runs, times = moba.inputs(*CASES[name]), {}, {}
+    arrays, runs, times = moba.inputs(*CASES[name][:6]), {}, {}
     for (what, who), program in programs.items():
         given = arrays if WHATS[what] else arrays[:3]
         try:

@@ -56,6 +56,7 @@ CASES = {
     "MoBA, short": {"T": 6144, "sparse": True},
     "MoBA, shorter": {"sparse": True},
     "MoBA, documents": {"T": 16384, "sparse": True, "documents": True},
+    "MoBA, a chunk": {"T": 16384, "sparse": True, "chunk": True},
     "MoBA, MLA": {"T": 16384, "sparse": True, "K": 192},
 }
 
@@ -106,15 +107,17 @@ def compile_only_device(cuda: Path):
 
 
 def compile_case(
-    device, dump: Path, *, T=4096, G=16, K=128, V=128, sparse=False, top_k=8, documents=False
+    device, dump: Path, *, T=4096, G=16, K=128, V=128, sparse=False, top_k=8, documents=False, chunk=False
 ) -> list[dict]:
     """What the compiler said of each kernel in one op's forward and backward, as `read`; empties the folder `dump`.
 
-    Batch 2, T tokens, 16 query heads, G key heads of size K, values of size V.
+    Batch 2, T tokens, 16 query heads, G key heads of size K, values of size V. chunk: the second half of the queries.
     """
     settings = {"scale": K**-0.5, "num_sms": 132, "interpret": False}
     if documents:
         settings["segment_ids"] = jnp.broadcast_to(jnp.arange(T) // (T // 4), (2, T))
+    if chunk:
+        settings["q_offset"] = T // 2
     if sparse:
         settings |= {"block_size": 128, "top_k": top_k}
     op = moba.moba_attention if sparse else attention.attention
@@ -123,7 +126,8 @@ def compile_case(
         return jax.vjp(lambda *x: op(*x, **settings)[0], q, k, v)[1](dout)
 
     everywhere = NamedSharding(Mesh([device], ("device",)), PartitionSpec())
-    shapes = [(2, T, heads, size) for heads, size in ((16, K), (G, K), (G, V), (16, V))]
+    rows = T // 2 if chunk else T
+    shapes = [(2, rows, 16, K), (2, T, G, K), (2, T, G, V), (2, rows, 16, V)]
     inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=everywhere) for shape in shapes]
     # Tuning measures, so it needs a GPU.
     options = {"xla_gpu_cuda_data_dir": os.environ["MOSAIC_GPU_CUDA_ROOT"], "xla_gpu_autotune_level": 0}

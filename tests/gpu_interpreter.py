@@ -3,21 +3,28 @@
 A wgmma whose left operand is in registers: it reads both from shared memory. `pl.run_state` of accumulators with first
 values: it knows scoped ones alone. Copies that add to global memory. Semaphores in global memory, as which it has none:
 whoever waits for another block is let through, since it runs blocks one after the other. What a warp asks its threads:
-all of a warpgroup's are asked. Rows that are gathered: whole, into the array alone.
+all of a warpgroup's are asked. Rows that are gathered: whole, into the array alone. Tickets: every block draws those
+that the others leave to it. The lists that four threads share: sorted, and in one piece.
 `patch()` adds these; everything else is the interpreter's.
 """
 
+import collections
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as interpreter
+from jax.experimental import io_callback
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from k2jax.kernels.attention import gather_sm90, pace_sm90
-from k2jax.kernels.moba import gate_sm90
+from k2jax.kernels.attention import gather_sm90, pace_sm90, tickets_sm90
+from k2jax.kernels.moba import few_best_sm90, many_best_sm90
+
+NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
+USES, DRAWS = itertools.count(), collections.defaultdict(itertools.count)
 
 
 def patch():
@@ -27,7 +34,9 @@ def patch():
     pl.get_global = _Semaphores
     plgpu.semaphore_wait = plgpu.semaphore_signal = lambda *_, **__: None
     pace_sm90.linger = lambda *_: None
-    gate_sm90.any_of_warp = lambda row_Q: jnp.any(row_Q > 0)
+    tickets_sm90.draw = _draw
+    few_best_sm90.any_of_warp = lambda row_Q: jnp.any(row_Q > 0)
+    many_best_sm90.merged, many_best_sm90.write = _merged, _write
     gather_sm90.with_lines, gather_sm90.views = (lambda tiled: tiled), (lambda ring, gathers: (ring, None))
     gather_sm90.barrier_scratch = lambda slots: plgpu.Barrier(num_arrivals=gather_sm90.WARPS, num_barriers=slots)
     gather_sm90.begin = lambda *_: None
@@ -79,14 +88,36 @@ def _wgmma(original):
 
 
 class _Semaphores:
-    """Stands for semaphores in global memory, which are neither read nor written."""
+    """Stands for semaphores in global memory, which are neither read nor written. `use` is another one each time that
+    a block asks for them.
+    """
 
     def __init__(self, kind):
         self.at = self
+        self.use = io_callback(lambda: np.int32(next(USES)), NUMBER)
         del kind
 
     def __getitem__(self, index):
         return self
+
+
+def _draw(drawn, ticket):
+    draws = io_callback(lambda use: np.int32(next(DRAWS[int(use)])), NUMBER, drawn.use)
+    ticket[...] = draws * jax.lax.axis_size("sm") + jax.lax.axis_index("sm")
+
+
+def _merged(best, score_QN, block_QN, wanted):
+    del wanted
+    bits_QN = jax.lax.bitcast_convert_type(score_QN, jnp.int32)
+    bits_QN = jnp.where(bits_QN < 0, many_best_sm90.INT_MIN - bits_QN, bits_QN)
+    both = [jnp.concatenate(pair, axis=1) for pair in zip(best, (bits_QN, ~block_QN), strict=True)]
+    falling = jax.lax.sort([~x for x in both], num_keys=2)
+    return many_best_sm90.Best(*(~x[:, : many_best_sm90.PLACES] for x in falling))
+
+
+def _write(best, winner_JQ):
+    blocks_QN = jnp.where(best.score_QN == many_best_sm90.NO_SCORE, -1, ~best.block_QN)
+    winner_JQ[...] = blocks_QN.T[: winner_JQ.shape[0]]
 
 
 def _copy_rows(arrays, index_P, first, count, place, full, slot):

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import dense_attention, moba, record
 from k2jax.kernels.attention import attention
+from k2jax.kernels.attention.reference import Attended
 
 
 def test_a_row_says_how_ours_stand_against_the_fastest_peer():
@@ -40,3 +41,18 @@ def test_out_of_time_starts_nothing_new_and_says_so(tiny, capsys):
     dense_attention.main(["--seconds", "-1", "--only", "tiny"])
     assert capsys.readouterr().out == "out of time before tiny\n"
     assert not list(tiny.iterdir())
+
+
+def test_documents_end_where_a_case_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(dense_attention.sm90, "attention", tell(seen))
+    dense_attention.document_peers(2, (3, 8))["k2jax dense"](None, None, None)
+    assert seen[0].tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]] * 2
+
+
+def tell(seen):
+    def attend(*_, segment_ids, scale):
+        seen.append(segment_ids)
+        return Attended(None, None, None)
+
+    return attend

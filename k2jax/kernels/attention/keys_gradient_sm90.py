@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from k2jax.kernels.attention import gather_sm90 as gather
 from k2jax.kernels.attention.key_heads import KeyHeads
+from k2jax.kernels.attention.positions import search
 from k2jax.kernels.attention.shares_sm90 import heads_at_a_time
 from k2jax.kernels.attention.tiles_sm90 import (
     CONSUMERS,
@@ -108,7 +109,7 @@ def reach(starts, num_keys):
     with rows behind the unit's last key alone, the first one after it with rows that begin behind its first key.
     """
     key_U = jnp.arange(0, num_keys, UNIT, dtype=jnp.int32)
-    behind = jax.vmap(lambda start_T, key: jnp.searchsorted(start_T, key, side="right"), (0, None))
+    behind = jax.vmap(functools.partial(search, side="right"), (0, None))
     begins_behind_first_BU, begins_behind_last_BU = (behind(starts.start_BT, key_U + i) for i in (0, UNIT - 1))
     row_BU = jnp.maximum(key_U - starts.position_B[:, None], 0) // ROWS * ROWS
     position_BU = starts.position_B[:, None] + row_BU - key_U

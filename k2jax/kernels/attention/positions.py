@@ -21,3 +21,8 @@ def at_positions(x_BS, position_BT):
     x_BS = jnp.broadcast_to(x_BS, (batch, x_BS.shape[1]))
     position_BT = jnp.broadcast_to(position_BT, (batch, position_BT.shape[1]))
     return jnp.take_along_axis(x_BS, jnp.minimum(position_BT, x_BS.shape[1] - 1), axis=1)
+
+
+def search(sorted_N, x, side="left"):
+    """`jnp.searchsorted`, int32, as one kernel of a GPU: as a loop every step is some of its own, 0.4 ms for all."""
+    return jnp.searchsorted(sorted_N, x, side=side, method="scan_unrolled").astype(jnp.int32)

@@ -28,7 +28,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from k2jax.kernels.attention import gather_sm90 as gather
 from k2jax.kernels.attention import pace_sm90 as pace
-from k2jax.kernels.attention.shares_sm90 import fits_into_cache, most_steps, shares_of_tiles
+from k2jax.kernels.attention import tickets_sm90
+from k2jax.kernels.attention.shares_sm90 import fits_into_cache, heads_at_a_time, most_steps, shares_of_tiles
 
 # What the tensor memory accelerator copies at once: rows of 128 bytes, swizzled in groups of eight.
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -115,8 +116,8 @@ def attend(
     K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
     step, slots, outs = _fit(((128, 2, CONSUMERS), (128, 1, 1)), TILE * K, SLOTS * (K + V), ROWS * V)
     row = jax.ShapeDtypeStruct(_vector_shape(q, chosen), jnp.float32)
-    work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys, choice and choice.block_size)
-    share_LM, parts = work.shares(num_sms, V)
+    work = _Work(q, k_BSGK, V, block_size, step, starts, num_keys, choice and choice.block_size)
+    share_LM, parts = work.shares(num_sms)
     kernel = _persistent(
         "attend",
         functools.partial(_attend_kernel, work=work, parts=parts, scale=scale),
@@ -137,6 +138,7 @@ def attend(
             "v_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
             "turn": plgpu.Barrier(num_barriers=CONSUMERS),
             "out_free": plgpu.Barrier(num_barriers=CONSUMERS),
+            **work.scratch(),
         },
     )
     return kernel(*_tables(chosen, starts, choice), share_LM, q, k_BSGK, v_BSGV)
@@ -155,8 +157,8 @@ def rows_gradient(
     """
     K, V, dtype = q.shape[-1], v_BSGV.shape[-1], q.dtype
     step, slots, outs = _fit(((64, 2, CONSUMERS), (64, 1, CONSUMERS)), TILE * (K + V), SLOTS * (K + V), ROWS * K)
-    work = _Work(q, k_BSGK, block_size, step, starts is not None, num_keys)
-    share_LM, _ = work.shares(num_sms, V)  # Keeping pace was measured forward alone.
+    work = _Work(q, k_BSGK, V, block_size, step, starts, num_keys)
+    share_LM, _ = work.shares(num_sms)  # Keeping pace was measured forward alone.
     kernel = _persistent(
         "rows_gradient",
         functools.partial(_rows_gradient_kernel, work=work, scale=scale),
@@ -173,6 +175,7 @@ def rows_gradient(
             "q_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
             "k_full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
             "k_empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS),
+            **work.scratch(),
         },
     )
     return kernel(*_tables(chosen, starts), share_LM, q, dout, lse, delta, k_BSGK, v_BSGV)
@@ -258,30 +261,35 @@ class _Tile:
 class _Work:
     """Which tiles there are, and in which order."""
 
-    def __init__(self, q, k_BSGK, block_size, step, has_starts, num_keys, choice_size=None):
-        self.num_batch, self.length, self.num_key_heads, self.key_size = k_BSGK.shape
+    def __init__(self, q, k_BSGK, value_size, block_size, step, starts, num_keys, choice_size=None):
+        self.num_batch, self.length, self.num_key_heads, key_size = k_BSGK.shape
         self.num_rows, self.num_heads = q.shape[1:3] if q.ndim == 4 else (0, None)  # None: rows that chose their block
-        self.block_size, self.step, self.has_starts, self.choice_size = block_size, step, has_starts, choice_size
+        self.block_size, self.step, self.choice_size = block_size, step, choice_size
         self.num_keys = block_size if num_keys is None else num_keys
-        self.gathers = self.num_heads is None
+        self.bytes_of_a_head = 2 * self.length * (key_size + value_size)
+        self.gathers, self.has_starts = self.num_heads is None, starts is not None
 
-    def shares(self, num_sms, value_size):
-        """Of rows that read their own block, `shares_of_tiles`; where documents begin is not known, so not counted. And
-        in how many parts to keep pace over one block for all that the cache cannot hold, or 0.
+    def scratch(self):
+        return tickets_sm90.scratch(CONSUMERS) if self.has_starts else {}
+
+    def shares(self, num_sms):
+        """Of rows that read their own block, `shares_of_tiles`, where it is known how many keys they see. And in how
+        many parts to keep pace over one block for all that the cache cannot hold, or 0.
         """
-        if self.gathers:
+        if self.gathers or self.has_starts:
             return jnp.zeros((1, 1), jnp.int32), 0
         rows = range(0, padded(self.num_rows), TILE)
         steps = tuple((row % self.block_size + TILE - 1) // self.step + 1 for row in rows)
-        bytes_of_a_head = 2 * self.length * (self.key_size + value_size)
         num_key_heads, group = self.num_batch * self.num_key_heads, self.num_heads // self.num_key_heads
-        share_LM = shares_of_tiles(num_key_heads, group, steps, bytes_of_a_head, blocks_at_a_time(num_sms))
-        is_near = self.has_starts or self.block_size < self.length or fits_into_cache(bytes_of_a_head)
+        share_LM = shares_of_tiles(num_key_heads, group, steps, self.bytes_of_a_head, blocks_at_a_time(num_sms))
+        is_near = self.block_size < self.length or fits_into_cache(self.bytes_of_a_head)
         return jnp.asarray(share_LM), 0 if is_near else pace.parts_of(most_steps(share_LM, steps))
 
-    def walk(self, tables, body):
+    def walk(self, tables, body, tickets, copies=False):
         """body(number here, tile, steps so far) for each tile of ours; the number of their steps. All warpgroups count
         the same.
+
+        tickets: what `scratch` asked for. copies: whether this warpgroup is the one that copies.
         """
         table, table_2, _, share_LM = tables
 
@@ -294,7 +302,24 @@ class _Work:
             body(here, tile, so_far)
             return so_far + tile.steps
 
-        return walk_share(table_2[0], one) if self.gathers else walk_given(share_LM, one)
+        if self.gathers:
+            return walk_share(table_2[0], one)
+        if not self.has_starts:
+            return walk_given(share_LM, one)
+
+        def of_ticket(here, ticket, so_far):
+            return one(here, self._number(ticket), so_far)
+
+        total = self.num_batch * self.num_heads * (padded(self.num_rows) // TILE)
+        return tickets_sm90.walk(tickets_sm90.Tickets(**tickets), total, of_ticket, draws=copies)
+
+    def _number(self, ticket):
+        """The tile of a ticket: key heads take turns, and of these the last rows, which see most keys, are first."""
+        num_tiles, group = padded(self.num_rows) // TILE, self.num_heads // self.num_key_heads
+        heads = heads_at_a_time(self.num_batch * self.num_key_heads, self.bytes_of_a_head) * group
+        rest, turn = split(ticket, heads * num_tiles)
+        head, tiles_behind = split(rest, heads)
+        return (turn * heads + head) * num_tiles + (num_tiles - 1 - tiles_behind)
 
     def _own(self, number, start_BT, span_BY3, word_EBHT):
         tile, batch_head = split(number, padded(self.num_rows) // TILE)
@@ -439,7 +464,7 @@ def wait_free(number, empty, slots=SLOTS):
         plgpu.barrier_wait(empty.at[slot_of(number, slots)])
 
 
-def _stream(work, parts, tables, rows, row_barriers, keys):
+def _stream(work, parts, tables, tickets, rows, row_barriers, keys):
     """Copies the rows of every tile, (array, ring, its lines) each, and then its keys step by step, (array, ring, full,
     empty).
 
@@ -479,12 +504,12 @@ def _stream(work, parts, tables, rows, row_barriers, keys):
             gather.copy_rows(rows, indices, 0, share, slot * TILE + warp * share, full, slot)
             pl.when(warp == 0)(lambda: copy_keys(tile, so_far))
 
-        work.walk(tables, one)
+        work.walk(tables, one, tickets)
 
     if work.gathers:
         gather.by_warps(by_warp)
         return
-    steps = work.walk(tables, one)
+    steps = work.walk(tables, one, tickets, copies=True)
     if parts:
         pace.end(passed_P, parts, steps)
 
@@ -515,7 +540,7 @@ def filled(value, shape, layout):
 
 def _attend_kernel(
     table, table_2, index_P, share_LM, q, k_BSGK, v_BSGV, out, lse, largest, *, work, parts, scale, q_RWQK, k_RNK,
-    v_RNV, out_WQV, lse_max_2WQ, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, out_free,
+    v_RNV, out_WQV, lse_max_2WQ, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn, out_free, **tickets,
 ):  # fmt: skip
     wg, tables = lax.axis_index("wg"), (table, table_2, index_P, share_LM)
     q_RWQK, q_lines = gather.views(q_RWQK, work.gathers)
@@ -526,7 +551,7 @@ def _attend_kernel(
         plgpu.set_max_registers(40, action="decrease")
 
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, v_full, v_empty)]
-        _stream(work, parts, tables, [(q, q_RWQK, q_lines)], (q_full, q_empty), keys)
+        _stream(work, parts, tables, tickets, [(q, q_RWQK, q_lines)], (q_full, q_empty), keys)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -560,7 +585,7 @@ def _attend_kernel(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(out_free.at[1 - wg])
 
-        work.walk(tables, one)
+        work.walk(tables, one, tickets)
 
         @pl.when(wg == 0)
         def _last():
@@ -683,7 +708,7 @@ def _soften(carry, seen_QN, chosen_Q, scale, dtype):
 
 def _rows_gradient_kernel(
     table, table_2, index_P, share_LM, q, dout, lse, delta, k_BSGK, v_BSGV, dq, *, work, scale, q_RWQK, dout_RWQV,
-    k_RNK, v_RNV, dq_WQK, q_full, q_empty, k_full, k_empty,
+    k_RNK, v_RNV, dq_WQK, q_full, q_empty, k_full, k_empty, **tickets,
 ):  # fmt: skip
     wg, tables = lax.axis_index("wg"), (table, table_2, index_P, share_LM)
     (q_RWQK, q_lines), (dout_RWQV, dout_lines) = (gather.views(ring, work.gathers) for ring in (q_RWQK, dout_RWQV))
@@ -696,7 +721,7 @@ def _rows_gradient_kernel(
 
         keys = [(k_BSGK, k_RNK, k_full, k_empty), (v_BSGV, v_RNV, k_full, None)]
         rows = [(q, q_RWQK, q_lines), (dout, dout_RWQV, dout_lines)]
-        _stream(work, 0, tables, rows, (q_full, q_empty), keys)
+        _stream(work, 0, tables, tickets, rows, (q_full, q_empty), keys)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -739,5 +764,5 @@ def _rows_gradient_kernel(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dq_WQK.at[wg], tile.rows_of(dq, wg * ROWS, ROWS))
 
-        work.walk(tables, one)
+        work.walk(tables, one, tickets)
         plgpu.wait_smem_to_gmem(0)

@@ -1,25 +1,18 @@
 """MoBA's choice of blocks for Hopper, in Pallas Mosaic GPU: gate and top-k in one kernel, no score in memory.
 
 A persistent grid over tiles of 128 rows. One warpgroup starts copies; each of the other two scores its 64 rows against
-64 blocks at a time and keeps every row's best blocks so far, sorted, in registers. Of 64 blocks it takes one maximum
-after the other, lowest block first among equals, and inserts it into the list behind what is equal there: the blocks
-come in rising order, so a lower block always wins a tie, as in `blocks.choose`. A warp is done with the 64 when none
-of its rows has a block left that is better than its list's last: late ones rarely are.
+64 blocks at a time and keeps every row's best blocks so far, sorted, in registers: a few by `few_best_sm90`, many by
+`many_best_sm90`. The lowest of equal blocks wins, as in `blocks.choose`.
 
 Legend: B batch, T queries, H query heads, G key heads, D blocks, J chosen blocks, K query/key size, Q rows of a
 warpgroup, W warpgroups, N blocks of a step, R ring slots.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.mlir.dialects import arith, vector
 
 from k2jax.kernels.attention.tiles_sm90 import (
     CONSUMERS,
@@ -30,7 +23,6 @@ from k2jax.kernels.attention.tiles_sm90 import (
     TILE,
     TRANSFORMS,
     blocks_at_a_time,
-    filled,
     over_rows,
     padded,
     slot_of,
@@ -38,18 +30,13 @@ from k2jax.kernels.attention.tiles_sm90 import (
     wait_free,
     walk_share,
 )
+from k2jax.kernels.moba import few_best_sm90, many_best_sm90
+from k2jax.kernels.moba.few_best_sm90 import LOWEST
 
 STEP = 64  # blocks scored at a time
-LOWEST = -1e38  # the score of no candidate; those of candidates are cut to what is between this and 1e38
-FAR = 3e38  # The difference of two scores times this is more than any number of blocks,
-ENLARGED = 2.0**60  # if scores of bfloat16 are larger by this; of float16 they are multiples of 2^-48.
-SCALAR = plgpu.Layout.WG_SPLAT(())
-VOTE = """{
-    .reg .pred any;
-    setp.gt.f32 any, $1, 0f00000000;
-    vote.sync.any.pred any, any, 0xffffffff;
-    selp.f32 $0, 0f3f800000, 0f00000000, any;
-}"""
+ENLARGED = 2.0**60  # so that the differences of bfloat16's scores are what `few_best_sm90` needs; exact
+# From so many on a network that sorts is faster than to insert (benchmarks/results/gate_lists.json).
+MANY = 23
 
 
 def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, first_BT, end_BT, *, num_sms=None, interpret=None):
@@ -57,7 +44,7 @@ def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, first_BT, end_BT, *, n
 
     Args:
       q_BTHK, mean_key_BDGK: bfloat16 or float16, products added in float32; K a multiple of 64.
-      num_chosen: J. The list takes four registers for each, so from 24 on some of it is in memory.
+      num_chosen: J, at most 64.
       first_BT, end_BT: int32, a query may choose blocks from the first on and before the end; both rise along T.
       num_sms, interpret: as in `tiles_sm90.attend`.
 
@@ -69,7 +56,7 @@ def choose_blocks_sm90(q_BTHK, mean_key_BDGK, num_chosen, first_BT, end_BT, *, n
     # Copies swizzle rows in groups of eight. What they read behind the last block is zero, and nobody's candidate.
     D = mean_key_BDGK.shape[1]
     if dtype == jnp.bfloat16:
-        mean_key_BDGK = mean_key_BDGK * jnp.bfloat16(ENLARGED)  # exact
+        mean_key_BDGK = mean_key_BDGK * jnp.bfloat16(ENLARGED)
     mean_key_BDGK = jnp.pad(mean_key_BDGK, ((0, 0), (0, max(-D % 8, STEP - D)), (0, 0), (0, 0)))
     to_tile = ((0, 0), (0, padded(T) - T))
     range_2BT = jnp.stack([jnp.pad(x, to_tile, mode="edge") for x in (first_BT, end_BT)])
@@ -104,7 +91,8 @@ def _kernel(
     span_BY4, range_2BT, q_BTHK, mean_BDGK, winner_BHJT, *, q_RWQK, mean_RNK, winner_WJQ, q_full, q_empty, full, empty
 ):
     wg = lax.axis_index("wg")
-    (B, H), num_tiles = winner_BHJT.shape[:2], winner_BHJT.shape[3] // TILE
+    B, H, num_chosen, T = winner_BHJT.shape
+    num_tiles, lists = T // TILE, few_best_sm90 if num_chosen < MANY else many_best_sm90
     heads_per_key = H // mean_BDGK.shape[2]
 
     def walk(body):
@@ -163,31 +151,27 @@ def _kernel(
 
                 score_QN = pl.run_scoped(product, plgpu.ACC((ROWS, STEP), jnp.float32))
                 plgpu.barrier_arrive(empty.at[slot])
-                return _best_of(score_QN, best, candidates, span, i)
+                return lists.merged(best, *_scores_of_candidates(score_QN, candidates, span, i), num_chosen)
 
-            nothing = tuple(
-                (filled(LOWEST, (ROWS,), ROW), filled(-1.0, (ROWS,), ROW)) for _ in range(winner_WJQ.shape[1])
-            )
-            best = lax.fori_loop(0, steps, step, nothing)
+            best = lax.fori_loop(0, steps, step, lists.nothing(num_chosen))
             plgpu.barrier_arrive(q_empty.at[q_slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for j, (_, block_Q) in enumerate(best):
-                winner_WJQ.at[wg, j][...] = block_Q.astype(jnp.int32)
+            lists.write(best, winner_WJQ.at[wg])
             plgpu.commit_smem()
-            for j in range(len(best)):
+            for j in range(num_chosen):
                 plgpu.copy_smem_to_gmem(winner_WJQ.at[wg, j], winner_BHJT.at[batch, head, j, rows])
 
         walk(one)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _best_of(score_QN, best, candidates, span, i):
-    """The sorted list (score, block) of each row after the blocks of step i. float32 holds every block."""
+def _scores_of_candidates(score_QN, candidates, span, i):
+    """The scores of step i and their blocks; LOWEST for those of no candidates."""
     shape = score_QN.shape
     first_block, all_begin, all_end = span
     first_block += i * STEP
     block_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + first_block
-    # A comparison is false for what is no number; infinity would become none below.
+    # A comparison is false for what is no number; infinity would become none in the differences of `few_best_sm90`.
     score_QN = jnp.minimum(jnp.where(score_QN > LOWEST, score_QN, LOWEST), -LOWEST)
 
     def of_candidates():
@@ -195,47 +179,4 @@ def _best_of(score_QN, best, candidates, span, i):
         return jnp.where((block_QN >= first_QN) & (block_QN < end_QN), score_QN, LOWEST)
 
     all_are = (first_block >= all_begin) & (first_block + STEP <= all_end)
-    score_QN = lax.cond(all_are, lambda: score_QN, of_candidates)
-    # Negative, because the largest is what a reduction finds.
-    minus_QN = -block_QN.astype(jnp.float32)
-
-    def has_better(state):
-        _, score_Q, best = state
-        return any_of_warp(score_Q - best[-1][0])
-
-    def take_one(state):
-        score_QN, score_Q, best = state
-        # What is not the maximum is left far below: a comparison and a choice, in the additions and products of which
-        # a GPU does twice as many.
-        minus_or_low_QN = (score_QN - over_rows(score_Q, shape)) * FAR + minus_QN
-        minus_Q = minus_or_low_QN.max(axis=1)
-        best = _inserted(best, score_Q, -minus_Q)
-        # The one that is taken becomes the lowest; what the others are compared with is above all scores.
-        score_QN = jnp.minimum(score_QN, (over_rows(minus_Q, shape) - minus_or_low_QN) * FAR + LOWEST)
-        return score_QN, score_QN.max(axis=1), best
-
-    return lax.while_loop(has_better, take_one, (score_QN, score_QN.max(axis=1), best))[2]
-
-
-def _inserted(best, score_Q, block_Q):
-    """The list with another block, behind what is equal."""
-    new, moved_Q = [], score_Q > jnp.inf
-    for have_Q, have_block_Q in best:
-        # What was moved goes before the next one, even if that is equal: it was found earlier.
-        better_Q = moved_Q = moved_Q | (score_Q > have_Q)
-        new.append((jnp.where(better_Q, score_Q, have_Q), jnp.where(better_Q, block_Q, have_block_Q)))
-        score_Q, block_Q = jnp.where(better_Q, have_Q, score_Q), jnp.where(better_Q, have_block_Q, block_Q)
-    return tuple(new)
-
-
-def any_of_warp(row_Q):
-    """Whether a number of a warp's own rows is positive: warps go on apart, each as long as its rows need."""
-
-    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR))
-    def vote(_, row_Q):
-        one = [vector.extract(x, [], [0]) for x in row_Q.registers.flat]  # of each row that a thread knows of
-        largest = functools.reduce(arith.maximumf, one)
-        answer = utils.inline_ptx(VOTE, largest, result_types=largest.type, has_side_effects=True, convergent=True)
-        return mgpu.FragmentedArray.splat(answer, ())
-
-    return vote(row_Q) > 0
+    return lax.cond(all_are, lambda: score_QN, of_candidates), block_QN

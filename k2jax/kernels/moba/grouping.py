@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from k2jax.kernels.attention.positions import search
+
 
 class Groups(NamedTuple):
     """Where every pair's query lies among the tiles."""
@@ -44,7 +46,7 @@ def group(winner_BHJT, heads_per_key: int, num_blocks: int, L: int, Y: int) -> G
     key_head_BH = jnp.arange(B * H, dtype=jnp.int32).reshape(B, H) // heads_per_key
     key_I = jnp.where(winner_BHJT < 0, Z, key_head_BH[..., None, None] * num_blocks + winner_BHJT).reshape(-1)
     key_I, pair_I = jax.lax.sort((key_I, jnp.arange(key_I.size, dtype=jnp.int32)), num_keys=1, is_stable=True)
-    start_Z1 = _search(key_I, jnp.arange(Z + 1, dtype=jnp.int32))
+    start_Z1 = search(key_I, jnp.arange(Z + 1, dtype=jnp.int32))
     start_Z, size_Z = start_Z1[:-1], jnp.diff(start_Z1)
     tiles_Z = -(-size_Z // L)
     end_Z = jnp.cumsum(tiles_Z, dtype=jnp.int32)
@@ -55,7 +57,7 @@ def group(winner_BHJT, heads_per_key: int, num_blocks: int, L: int, Y: int) -> G
     place_I = jnp.where(key_I < Z, jnp.arange(key_I.size, dtype=jnp.int32) + shift_Z[jnp.minimum(key_I, Z - 1)], P)
     place_I = jnp.zeros_like(place_I).at[pair_I].set(place_I, unique_indices=True)
 
-    block_Y = jnp.minimum(_search(end_Z, jnp.arange(Y, dtype=jnp.int32), side="right"), Z - 1)
+    block_Y = jnp.minimum(search(end_Z, jnp.arange(Y, dtype=jnp.int32), side="right"), Z - 1)
     block_P = jnp.broadcast_to(block_Y[:, None], (Y, L)).reshape(P)
     order_P = jnp.arange(P, dtype=jnp.int32) - shift_Z[block_P]
     pair_P = pair_I[jnp.minimum(order_P, key_I.size - 1)]
@@ -63,8 +65,3 @@ def group(winner_BHJT, heads_per_key: int, num_blocks: int, L: int, Y: int) -> G
     row_P = jnp.where(order_P < start_Z[block_P] + size_Z[block_P], row_P, -1)
     span_Z2 = jnp.stack([first_place_Z, size_Z], axis=1)
     return Groups(place_I.reshape(B, H, J, T), row_P, block_Y, end_Z[-1:], span_Z2)
-
-
-def _search(sorted_I, x, side="left"):
-    # Unrolled it is one kernel; as a loop every step is one of its own, half a millisecond for all.
-    return jnp.searchsorted(sorted_I, x, side=side, method="scan_unrolled").astype(jnp.int32)

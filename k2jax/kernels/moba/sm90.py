@@ -211,6 +211,9 @@ def _backward(settings, saved, cotangents):
     _, dout_BTHV, lse_BHT, delta_BHT = own
     dq_BTHK = rows_gradient(scale, own_block, *own, k_BSGK, v_BSGV, **own_options)
     far = [_far(settings, x, packed) for x in (k_BSGK, v_BSGV)]
+    starts = None if packed is None else packed.starts
+    # Of a block that is read as it lies, one kernel sums what its own queries send back and what others do.
+    is_together = packed is None or packed.copied is None
 
     def add_chosen(heads, winner_BHJT, dq_BTHK, dk_BSGK, dv_BSGV):
         del dk_BSGK, dv_BSGV  # All of these is computed here.
@@ -227,8 +230,8 @@ def _backward(settings, saved, cotangents):
         sum_BTHK = dq_BTHK.astype(jnp.float32)
         for j in range(settings.J):
             sum_BTHK += gather(dq_PK, _per_query(groups.place_BHJT[:, :, j], T))
-        together = own if packed is None else None
-        options = {"heads": heads, "interpret": settings.interpret}
+        options = {"heads": heads, "interpret": settings.interpret} | ({"starts": starts} if is_together else {})
+        together = own if is_together else None
         keys = keys_gradient(scale, far_block, together, *far, (*rows, chosen.index_P), groups.span_Z2, **options)
         return sum_BTHK.astype(dq_BTHK.dtype), *keys
 
@@ -236,10 +239,9 @@ def _backward(settings, saved, cotangents):
     if settings.J:
         few = _few_heads(settings, q_BTHK, k_BSGK)
         gradients = by_heads(add_chosen, *few, winner_BHJT, gradients, (2, 2, 2))
-    if settings.J and packed is None:
+    if settings.J and is_together:
         return *gradients, None
-    options = {name: x for name, x in own_options.items() if name != "num_sms"}
-    keys = keys_gradient(scale, own_block, own, k_BSGK, v_BSGV, **options)
+    keys = keys_gradient(scale, own_block, own, k_BSGK, v_BSGV, starts=starts, interpret=settings.interpret)
     if settings.J:
         keys = [x + _back_from_far(far_x, packed.copied) for x, far_x in zip(keys, gradients[1:], strict=True)]
     return gradients[0], *keys, None
@@ -305,8 +307,6 @@ def _far(settings, x_BSGE, packed):
 
 def _back_from_far(x_BSGE, copied):
     """The transpose of `_far`: a key lies in one block at most, so nothing is added."""
-    if copied is None:
-        return x_BSGE
     return jax.vmap(lambda x_SGE, place_S: x_SGE.at[place_S].get(mode="fill", fill_value=0))(x_BSGE, copied.place_BS)
 
 
