@@ -111,6 +111,7 @@ def _logit_section(runs) -> Section:
             "clipped_fraction",
             title="Clipped heads: QK-Clip should act early, then rest",
             y_name="heads clipped (%)",
+            from_zero=True,
             percent=True,
             caption="Share of heads above the threshold, whose query and key weights were rescaled.",
         ),
