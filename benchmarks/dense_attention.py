@@ -5,7 +5,8 @@
 Forward, and forward with backward, bf16. The implementations take turns, in another order each round, because a GPU
 that gets warm gets slower: what is compared ran within the same second, after any of the others. Times are medians over
 ROUNDS; what cannot run a case is said. Packed documents are compared with flash-attn3-jax's form of them alone; the
-others' interfaces have none. Prints a table; --write keeps it in benchmarks/results/dense_attention.json.
+others' interfaces have none. Each is told of them in its own way, by an argument of its program. Prints a table;
+--write keeps it in benchmarks/results/dense_attention.json.
 Whether the kernels are right, tests/test_gpu.py asks.
 """
 
@@ -33,6 +34,7 @@ CASES = {
     "128K": (2, 131072, 16, 16, 128, 128),
     "16K, 4 key heads": (2, 16384, 16, 4, 128, 128),
     "32K, MLA": (1, 32768, 16, 16, 192, 128),
+    "4K, 4 documents": (2, 4096, 16, 16, 128, 128, 900, 1500, 2800, 4096),
     "32K, 4 documents": (2, 32768, 16, 16, 128, 128, 8192, 16384, 24576, 32768),
     "32K, 12 documents": (
         2, 32768, 16, 16, 128, 128,
@@ -45,14 +47,18 @@ ROUND_SECONDS = 0.03  # of calls in a row, at least one
 
 
 def compiled_cases(names) -> dict:
-    """{name: {(what, who): the program, to come}}: all at once, since compiling takes longer than running."""
-    pool, programs, peers = ThreadPoolExecutor(), {}, moba.dense_peers()
+    """{name: {(what, who): (the program, to come; what tells it of documents)}}.
+
+    All at once, since compiling takes longer than running.
+    """
+    pool, programs = ThreadPoolExecutor(), {}
+    whole = {who: (attention, ()) for who, attention in moba.dense_peers().items()}
     for name in names:
         arrays, ends = jax.eval_shape(functools.partial(moba.inputs, *CASES[name][:6])), CASES[name][6:]
         programs[name] = {
-            (what, who): pool.submit(moba.compiled, attention, arrays, backward)
+            (what, who): (pool.submit(moba.compiled, attention, arrays, backward, more), more)
             for what, backward in WHATS.items()
-            for who, attention in (document_peers(CASES[name][0], ends) if ends else peers).items()
+            for who, (attention, more) in (document_peers(CASES[name][0], ends) if ends else whole).items()
         }
     pool.shutdown()
     return programs
@@ -61,32 +67,31 @@ def compiled_cases(names) -> dict:
 def document_peers(B, ends) -> dict:
     """Who can attend to documents that end at `ends` in each of B rows.
 
-    The ends are constants of the programs, so what follows from them alone is worked out by the compiler and not timed.
+    Returns: {who: (attention(q, k, v, *more), more)}.
     """
-    ends_N = jnp.array(ends)
+    longest = max(map(int.__sub__, ends, (0, *ends)))
+    segment_S = jnp.searchsorted(jnp.array(ends), jnp.arange(ends[-1]), side="right").astype(jnp.int32)
+    row_B = jnp.arange(B, dtype=jnp.int32) * ends[-1]
+    start_N = jnp.pad((row_B[:, None] + jnp.array(ends, jnp.int32)).reshape(-1), (1, 0))
 
-    def ours(q, k, v):
-        segment_S = jnp.searchsorted(ends_N, jnp.arange(ends[-1]), side="right").astype(jnp.int32)
-        return sm90.attention(q, k, v, scale=SCALE, segment_ids=jnp.tile(segment_S, (B, 1))).out_BTHV
+    def ours(q, k, v, segment_ids):
+        return sm90.attention(q, k, v, scale=SCALE, segment_ids=segment_ids).out_BTHV
 
-    def varlen(q, k, v):
+    def varlen(q, k, v, start_N):
         from flash_attn3_jax import flash_mha_varlen
 
-        row_B = jnp.arange(B, dtype=jnp.int32) * ends[-1]
-        starts = jnp.pad((row_B[:, None] + ends_N).reshape(-1).astype(jnp.int32), (1, 0))
-        longest = max(map(int.__sub__, ends, (0, *ends)))
         options = {"max_seqlen_q": longest, "max_seqlen_k": longest, "softmax_scale": SCALE, "is_causal": True}
-        out = flash_mha_varlen(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), starts, **options)
+        out = flash_mha_varlen(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), start_N, **options)
         return out.reshape(*q.shape[:3], -1)
 
-    return {"k2jax dense": ours, "flash-attn3-jax": varlen}
+    return {"k2jax dense": (ours, (jnp.tile(segment_S, (B, 1)),)), "flash-attn3-jax": (varlen, (start_N,))}
 
 
 def time_case(name, programs) -> dict[str, dict[str, float]]:
     """{what: {who: milliseconds}} of one case."""
     arrays, runs, times = moba.inputs(*CASES[name][:6]), {}, {}
-    for (what, who), program in programs.items():
-        given = arrays if WHATS[what] else arrays[:3]
+    for (what, who), (program, more) in programs.items():
+        given = (*(arrays if WHATS[what] else arrays[:3]), *more)
         try:
             run = program.result()
             jax.block_until_ready(run(*given))

@@ -173,16 +173,16 @@ def median_ms(function, *arrays) -> float:
     return statistics.median(times)
 
 
-def compiled(attention, arrays, backward):
-    """The program of attention(q, k, v) -> out on arrays like these: forward, or forward with backward."""
+def compiled(attention, arrays, backward, more=()):
+    """The program of attention(q, k, v, *more) -> out on arrays like these: forward, or forward with backward."""
     if not backward:
-        return jax.jit(attention).lower(*arrays[:3]).compile()
+        return jax.jit(attention).lower(*arrays[:3], *more).compile()
 
-    def both(q, k, v, dout):
-        out, pull = jax.vjp(attention, q, k, v)
+    def both(q, k, v, dout, *more):
+        out, pull = jax.vjp(lambda *qkv: attention(*qkv, *more), q, k, v)
         return out, *pull(dout.astype(out.dtype))
 
-    return jax.jit(both).lower(*arrays).compile()
+    return jax.jit(both).lower(*arrays, *more).compile()
 
 
 def compiled_cases(names, peers) -> dict:

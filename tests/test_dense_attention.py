@@ -2,11 +2,11 @@
 
 import functools
 
+import jax
 import pytest
 
 from benchmarks import dense_attention, moba, record
 from k2jax.kernels.attention import attention
-from k2jax.kernels.attention.reference import Attended
 
 
 def test_a_row_says_how_ours_stand_against_the_fastest_peer():
@@ -43,16 +43,25 @@ def test_out_of_time_starts_nothing_new_and_says_so(tiny, capsys):
     assert not list(tiny.iterdir())
 
 
-def test_documents_end_where_a_case_says(monkeypatch):
-    seen = []
-    monkeypatch.setattr(dense_attention.sm90, "attention", tell(seen))
-    dense_attention.document_peers(2, (3, 8))["k2jax dense"](None, None, None)
-    assert seen[0].tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]] * 2
+def test_each_is_told_in_its_own_way_where_documents_end():
+    peers = dense_attention.document_peers(2, (3, 8))
+    assert peers["k2jax dense"][1][0].tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]] * 2
+    assert peers["flash-attn3-jax"][1][0].tolist() == [0, 3, 8, 11, 16]
 
 
-def tell(seen):
-    def attend(*_, segment_ids, scale):
-        seen.append(segment_ids)
-        return Attended(None, None, None)
+def test_documents_are_an_argument_of_the_timed_programs(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(dense_attention, "CASES", {"tiny": (1, 64, 2, 1, 16, 8, 20, 64)})
+    ours = functools.partial(attention, scale=0.1, implementation="xla")
+    lengths = []
 
-    return attend
+    def told(q, k, v, segment_ids):
+        lengths.append(segment_ids)
+        return ours(q, k, v, segment_ids=segment_ids)
+
+    real = dense_attention.document_peers
+    monkeypatch.setattr(
+        dense_attention, "document_peers", lambda B, ends: {"k2jax dense": (told, real(B, ends)["k2jax dense"][1])}
+    )
+    found = dense_attention.time_case("tiny", dense_attention.compiled_cases(["tiny"])["tiny"])
+    assert all(times["k2jax dense"] > 0 for times in found.values())
+    assert [isinstance(x, jax.core.Tracer) for x in lengths] == [True, True]

@@ -48,6 +48,7 @@ PARITY = "tests/test_update_parity.py::"
 GROUPS = "tests/test_muon_groups.py::"
 ON_A_MESH = f"{GROUPS}test_many_devices_tell_what_one_tells_and_leave_the_result_where_it_was"
 HOPPER = "tests/test_moba_sm90.py::"
+REACH = "tests/test_reach.py::test_a_unit_is_read_by_the_rows_that_see_it_and_masked_where_some_do_not"
 HOPPER_GATE = f"{HOPPER}test_interpreted_gate_chooses_as_the_definition_does_where_scores_are_equal"
 HOPPER_IS_EXACT = f"{HOPPER}test_interpreted_kernels_are_as_exact_as_plain_attention_in_their_type"
 HOPPER_FUSED = f"{HOPPER}test_the_fused_gradient_is_as_exact_as_plain_attention_in_its_type"
@@ -1174,10 +1175,24 @@ KERNELS_MUTANTS = (
     ),
     Mutant(
         "a search is a loop of small kernels again",
-        "k2jax/kernels/attention/positions.py",
+        "k2jax/kernels/moba/grouping.py",
         'method="scan_unrolled"',
         'method="scan"',
-        "tests/test_tickets.py::test_no_search_is_a_loop_of_small_kernels",
+        "tests/test_reach.py::test_no_search_is_a_loop_of_small_kernels",
+    ),
+    Mutant(
+        "a step is clear when its first row has not yet begun behind the unit",
+        "k2jax/kernels/attention/keys_gradient_sm90.py",
+        "steps(starts.start_BT[:, ROWS - 1 :: ROWS], key_U)",
+        "steps(starts.start_BT[:, ::ROWS], key_U)",
+        f"{REACH}[packed documents]",
+    ),
+    Mutant(
+        "a unit is read until a document begins behind its first key",
+        "k2jax/kernels/attention/keys_gradient_sm90.py",
+        "steps(starts.start_BT[:, ::ROWS], key_U + UNIT - 1)",
+        "steps(starts.start_BT[:, ::ROWS], key_U)",
+        f"{REACH}[packed documents]",
     ),
     Mutant(
         "a chunk's keys count their own rows as if they lay at the keys' positions",

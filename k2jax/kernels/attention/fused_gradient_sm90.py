@@ -59,8 +59,9 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, starts=None, choice=None, inte
     if not (starts is None or choice is None):
         raise ValueError("starts and a choice: one of both is built")
     # With more of them a head's rows do not stay in the cache from unit to unit, with fewer its units wait for each
-    # other. Of grouped heads, one query head's rows count: units walk close behind each other, so few lie between them.
-    heads = heads_at_a_time(B * G, 2 * 2 * T * SIZE)
+    # other. Units walk close behind each other, so only some of a head's rows lie between them: by measurement a
+    # quarter of q and dout of one query head, and of packed documents, which are shorter than T, half as many.
+    heads = heads_at_a_time(B * G, T * SIZE // (1 if starts is None else 2))
     kernel = plgpu.kernel(
         functools.partial(_kernel, scale=scale, block_size=choice and choice.block_size, has_starts=starts is not None),
         out_type=(
@@ -262,7 +263,7 @@ def _kernel(k_BSGK, v_BSGV, q_BTHK, *refs, scale, block_size, has_starts, **shar
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_NK, unit.keys_of(dk_BSGK, wg))
         plgpu.copy_smem_to_gmem(v_NV, unit.keys_of(dv_BSGV, wg))
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 # --- the copying warps --------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from k2jax.kernels.attention import gather_sm90 as gather
 from k2jax.kernels.attention.key_heads import KeyHeads
-from k2jax.kernels.attention.positions import search
 from k2jax.kernels.attention.shares_sm90 import heads_at_a_time
 from k2jax.kernels.attention.tiles_sm90 import (
     CONSUMERS,
@@ -109,13 +108,15 @@ def reach(starts, num_keys):
     with rows behind the unit's last key alone, the first one after it with rows that begin behind its first key.
     """
     key_U = jnp.arange(0, num_keys, UNIT, dtype=jnp.int32)
-    behind = jax.vmap(functools.partial(search, side="right"), (0, None))
-    begins_behind_first_BU, begins_behind_last_BU = (behind(starts.start_BT, key_U + i) for i in (0, UNIT - 1))
     row_BU = jnp.maximum(key_U - starts.position_B[:, None], 0) // ROWS * ROWS
     position_BU = starts.position_B[:, None] + row_BU - key_U
-    steps_BU = jnp.maximum(-(-(begins_behind_last_BU - row_BU) // ROWS), 0)
+
+    def steps(start_BY, key_U):  # up to the first one of these rows that begins behind a key: they rise
+        return jnp.sum(start_BY[:, None] <= key_U[:, None], axis=-1, dtype=jnp.int32) - row_BU // ROWS
+
+    steps_BU = jnp.maximum(steps(starts.start_BT[:, ::ROWS], key_U + UNIT - 1), 0)
     clear_from_BU = jnp.clip(-((position_BU - (UNIT - 1)) // ROWS), 0, steps_BU)
-    clear_to_BU = jnp.clip((begins_behind_first_BU - row_BU) // ROWS, clear_from_BU, steps_BU)
+    clear_to_BU = jnp.clip(steps(starts.start_BT[:, ROWS - 1 :: ROWS], key_U), clear_from_BU, steps_BU)
     of_units = (row_BU, position_BU, steps_BU, clear_from_BU, clear_to_BU)
     return jnp.stack(jnp.broadcast_arrays(*of_units), axis=-1).astype(jnp.int32)
 
@@ -232,7 +233,7 @@ def _kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_NK, unit.result_of(dk_BSGK, wg))
         plgpu.copy_smem_to_gmem(v_NV, unit.result_of(dv_BSGV, wg))
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _seen_by(unit, start_RQ, shape, step, slot, wg):

@@ -21,8 +21,3 @@ def at_positions(x_BS, position_BT):
     x_BS = jnp.broadcast_to(x_BS, (batch, x_BS.shape[1]))
     position_BT = jnp.broadcast_to(position_BT, (batch, position_BT.shape[1]))
     return jnp.take_along_axis(x_BS, jnp.minimum(position_BT, x_BS.shape[1] - 1), axis=1)
-
-
-def search(sorted_N, x, side="left"):
-    """`jnp.searchsorted` in int32, as one kernel of a GPU; as a loop it is several for each step, 0.4 ms in all."""
-    return jnp.searchsorted(sorted_N, x, side=side, method="scan_unrolled").astype(jnp.int32)
