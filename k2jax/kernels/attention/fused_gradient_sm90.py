@@ -108,8 +108,7 @@ def fused_gradient(scale, own, k_BSGK, v_BSGV, *, starts=None, choice=None, inte
     if starts is not None:
         # Vectors are rounded up to tiles of 128; a step of 64 rows behind the last one is nobody's.
         starts = starts._replace(start_BT=starts.start_BT[:, : -(-T // ROWS) * ROWS])
-        first_unit_BY = starts.start_BT[:, ::ROWS] // UNIT  # whose keys any of a tile's rows see
-        more = (starts.start_BT, first_unit_BY, reach(starts, S))
+        more = (starts.start_BT, reach(starts, S))
     dq_BHTK, *keys = kernel(k_BSGK, v_BSGV, q_BTHK, lse_BHT * LOG2E, dout_BTHV, delta_BHT, *more)
     return (dq_BHTK * scale).astype(q_BTHK.dtype).swapaxes(1, 2), *keys
 
@@ -122,12 +121,12 @@ def is_built(q_shape, v_shape) -> bool:
 class _Unit:
     """The keys of this block of the GPU, and which rows read them; scalars in registers."""
 
-    def __init__(self, q_BTHK, k_BSGK, first_unit_BY=None, reach_BU5=None, block_size=None):
+    def __init__(self, q_BTHK, k_BSGK, start_BT=None, reach_BU5=None, block_size=None):
         (_, T, self.num_heads, _), G = q_BTHK.shape, k_BSGK.shape[2]
         head = lax.axis_index("heads") * lax.axis_size("head") + lax.axis_index("head")
         self.batch, self.key_head = (op(head, jnp.int32(G)) for op in (lax.div, lax.rem))
         self.number, self.group = lax.axis_index("unit"), self.num_heads // G
-        self.start, self.first_unit_BY = self.number * UNIT, first_unit_BY
+        self.start, self.start_BT = self.number * UNIT, start_BT
         self.tiles = -(-T // ROWS)  # of a query head
         if reach_BU5 is None:
             # Rows before the unit's first key see none of its keys, and rows from its last key on see all of them.
@@ -160,9 +159,10 @@ class _Unit:
 
     def units_before(self, step):
         """How many units add to a step's rows before this one."""
-        if self.first_unit_BY is None:
+        if self.start_BT is None:
             return self.number
-        return self.number - self.first_unit_BY[self.batch, self.tile_of(step)]
+        # The first row of a tile sees the first key of all that its rows see.
+        return self.number - lax.div(self.start_BT[self.batch, self.tile_of(step) * ROWS], jnp.int32(UNIT))
 
     def head_of(self, r):
         return self.key_head * self.group + r
@@ -190,7 +190,7 @@ class _Unit:
         """body(tile behind the last one, number of the step, whether some of its rows miss keys) for all steps."""
         clear_from, clear_to = (x * self.group for x in (self.clear_from, self.clear_to))
         parts = [(False, jnp.int32(0), clear_to), (True, clear_to, self.all_steps)]
-        if self.first_unit_BY is not None:
+        if self.start_BT is not None:
             parts = [(True, jnp.int32(0), clear_from), (False, clear_from, clear_to), *parts[1:]]
         for masked, begin, end in parts:
             step = functools.partial(lambda number, masked: body(self._place(number)[1], number, masked), masked=masked)
@@ -230,8 +230,10 @@ class _Shared(NamedTuple):
 
 def _kernel(k_BSGK, v_BSGV, q_BTHK, *refs, scale, block_size, has_starts, **shared):
     *rows, dq_BHTK, dk_BSGK, dv_BSGV = refs
-    tables = rows[-2:] if has_starts else ()
-    rows = rows[: len(rows) - len(tables)]
+    tables = ()
+    if has_starts:
+        *rows, reach_BU5 = rows
+        tables = (rows[-1], reach_BU5)
     unit, wg, mem = _Unit(q_BTHK, k_BSGK, *tables, block_size=block_size), lax.axis_index("wg"), _Shared(**shared)
     # How many warps have added to a tile of rows: zero before every call.
     turns = pl.get_global(plgpu.SemaphoreType.REGULAR((q_BTHK.shape[0] * unit.num_heads * unit.tiles,)))
@@ -416,7 +418,7 @@ def _probabilities(step, s_NQ, lse_Q, i, masked):
     if not masked:
         return p_NQ
     key_NQ, seen_NQ = keys_seen(p_NQ.shape, step.wg, step.unit.position_of(i))
-    if step.unit.first_unit_BY is not None:
+    if step.unit.start_BT is not None:
         start_Q = plgpu.load(step.mem.start_or_word_RQ.at[slot_of(step.number)], layout=COLUMN) - step.unit.start
         seen_NQ &= key_NQ >= lax.broadcast_in_dim(start_Q, key_NQ.shape, [1])
     return jnp.where(seen_NQ, p_NQ, 0.0)
