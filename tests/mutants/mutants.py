@@ -1379,8 +1379,8 @@ KERNELS_MUTANTS = (
     Mutant(
         "the first unit of a later document adds to what nobody stored",
         "k2jax/kernels/attention/fused_gradient_sm90.py",
-        "return self.number - self.first_unit_BY[self.batch, self.tile_of(step)]",
-        "return self.number + 0 * self.first_unit_BY[self.batch, self.tile_of(step)]",
+        "return self.number - lax.div(self.start_BT",
+        "return self.number + 0 * lax.div(self.start_BT",
         f"{HOPPER_FUSED}[full, documents of grouped heads]",
     ),
     Mutant(
