@@ -49,13 +49,13 @@ def test_each_is_told_in_its_own_way_where_documents_end():
     assert peers["flash-attn3-jax"][1][0].tolist() == [0, 3, 8, 11, 16]
 
 
-def test_documents_are_an_argument_of_the_timed_programs(tiny, monkeypatch, capsys):
+def test_documents_are_an_argument_of_the_timed_programs(tiny, monkeypatch):
     monkeypatch.setattr(dense_attention, "CASES", {"tiny": (1, 64, 2, 1, 16, 8, 20, 64)})
     ours = functools.partial(attention, scale=0.1, implementation="xla")
-    lengths = []
+    told_ids = []
 
     def told(q, k, v, segment_ids):
-        lengths.append(segment_ids)
+        told_ids.append(segment_ids)
         return ours(q, k, v, segment_ids=segment_ids)
 
     real = dense_attention.document_peers
@@ -64,4 +64,4 @@ def test_documents_are_an_argument_of_the_timed_programs(tiny, monkeypatch, caps
     )
     found = dense_attention.time_case("tiny", dense_attention.compiled_cases(["tiny"])["tiny"])
     assert all(times["k2jax dense"] > 0 for times in found.values())
-    assert [isinstance(x, jax.core.Tracer) for x in lengths] == [True, True]
+    assert [isinstance(x, jax.core.Tracer) for x in told_ids] == [True, True]

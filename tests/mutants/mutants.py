@@ -1183,15 +1183,15 @@ KERNELS_MUTANTS = (
     Mutant(
         "a step is clear when its first row has not yet begun behind the unit",
         "k2jax/kernels/attention/keys_gradient_sm90.py",
-        "steps(starts.start_BT[:, ROWS - 1 :: ROWS], key_U)",
-        "steps(starts.start_BT[:, ::ROWS], key_U)",
+        "tiles(starts.start_BT[:, ROWS - 1 :: ROWS], key_U)",
+        "tiles(starts.start_BT[:, ::ROWS], key_U)",
         f"{REACH}[packed documents]",
     ),
     Mutant(
         "a unit is read until a document begins behind its first key",
         "k2jax/kernels/attention/keys_gradient_sm90.py",
-        "steps(starts.start_BT[:, ::ROWS], key_U + UNIT - 1)",
-        "steps(starts.start_BT[:, ::ROWS], key_U)",
+        "tiles(starts.start_BT[:, ::ROWS], key_U + UNIT - 1)",
+        "tiles(starts.start_BT[:, ::ROWS], key_U)",
         f"{REACH}[packed documents]",
     ),
     Mutant(

@@ -265,7 +265,7 @@ def _kernel(k_BSGK, v_BSGV, q_BTHK, *refs, scale, block_size, has_starts, **shar
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_NK, unit.keys_of(dk_BSGK, wg))
         plgpu.copy_smem_to_gmem(v_NV, unit.keys_of(dv_BSGV, wg))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The kernel's end waits for the writes.
 
 
 # --- the copying warps --------------------------------------------------------------------------------------------

@@ -110,13 +110,13 @@ def reach(starts, num_keys):
     key_U = jnp.arange(0, num_keys, UNIT, dtype=jnp.int32)
     row_BU = jnp.maximum(key_U - starts.position_B[:, None], 0) // ROWS * ROWS
     position_BU = starts.position_B[:, None] + row_BU - key_U
-
-    def steps(start_BY, key_U):  # up to the first one of these rows that begins behind a key: they rise
-        return jnp.sum(start_BY[:, None] <= key_U[:, None], axis=-1, dtype=jnp.int32) - row_BU // ROWS
-
-    steps_BU = jnp.maximum(steps(starts.start_BT[:, ::ROWS], key_U + UNIT - 1), 0)
+    # Tiles whose first, or whose last, row does not begin behind a key: starts rise. By comparisons it is one kernel.
+    tiles = jax.vmap(functools.partial(jnp.searchsorted, side="right", method="compare_all"), (0, None))
+    seeing_last_BU = tiles(starts.start_BT[:, ::ROWS], key_U + UNIT - 1)
+    seeing_first_BU = tiles(starts.start_BT[:, ROWS - 1 :: ROWS], key_U)
+    steps_BU = jnp.maximum(seeing_last_BU - row_BU // ROWS, 0)
     clear_from_BU = jnp.clip(-((position_BU - (UNIT - 1)) // ROWS), 0, steps_BU)
-    clear_to_BU = jnp.clip(steps(starts.start_BT[:, ROWS - 1 :: ROWS], key_U), clear_from_BU, steps_BU)
+    clear_to_BU = jnp.clip(seeing_first_BU - row_BU // ROWS, clear_from_BU, steps_BU)
     of_units = (row_BU, position_BU, steps_BU, clear_from_BU, clear_to_BU)
     return jnp.stack(jnp.broadcast_arrays(*of_units), axis=-1).astype(jnp.int32)
 
@@ -233,7 +233,7 @@ def _kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_NK, unit.result_of(dk_BSGK, wg))
         plgpu.copy_smem_to_gmem(v_NV, unit.result_of(dv_BSGV, wg))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # The kernel's end waits for the writes.
 
 
 def _seen_by(unit, start_RQ, shape, step, slot, wg):
