@@ -24,25 +24,26 @@ def test_a_unit_is_read_by_the_rows_that_see_it_and_masked_where_some_do_not(cas
     T, S, offsets, begins = CASES[case]
     position_BT = np.array(offsets)[:, None] + np.arange(T)
     start_BT = np.array(begins)[np.searchsorted(begins, position_BT, side="right") - 1]
-    found_BU5 = np.array(reach(starts_of(jnp.array(start_BT, jnp.int32), position_BT[:, 0]), S))
+    found_BU6 = np.array(reach(starts_of(jnp.array(start_BT, jnp.int32), position_BT[:, 0]), S))
 
     seen_BTS = (np.arange(S) >= start_BT[..., None]) & (np.arange(S) <= position_BT[..., None])
     seen_BTS = np.pad(seen_BTS, ((0, 0), (0, padded(T) - T), (0, -S % UNIT)))
-    tiles_BYUQ = seen_BTS.reshape(len(offsets), -1, ROWS, found_BU5.shape[1], UNIT).swapaxes(2, 3)
-    for b, u in np.ndindex(found_BU5.shape[:2]):
-        first_row, position, steps, clear_from, clear_to = found_BU5[b, u]
+    tiles_BYUQ = seen_BTS.reshape(len(offsets), -1, ROWS, found_BU6.shape[1], UNIT).swapaxes(2, 3)
+    for b, u in np.ndindex(found_BU6.shape[:2]):
+        first_row, position, steps, clear_from, clear_to, first_key = found_BU6[b, u]
         assert first_row % ROWS == 0
         assert position == offsets[b] + first_row - u * UNIT
-        any_Y, all_Y = (op(tiles_BYUQ[b, :, u], axis=(1, 2)) for op in (np.any, np.all))
+        any_Y = np.any(tiles_BYUQ[b, :, u], axis=(1, 2))
+        clear_Y = np.all(tiles_BYUQ[b, :, u] == (np.arange(UNIT) >= first_key), axis=(1, 2))
         begin = first_row // ROWS
         assert not any_Y[:begin].any()
         assert not any_Y[begin + steps :].any()
         assert any_Y[begin : begin + steps].sum() >= steps - 1  # The first one may lie before the unit.
-        # What is not masked sees all, and what sees all is masked only beside the last query.
-        assert all_Y[begin + clear_from : begin + clear_to].all()
+        # What is not masked sees all from the first key on, and what does is masked only beside the last query.
+        assert clear_Y[begin + clear_from : begin + clear_to].all()
         masked = np.r_[0:clear_from, clear_to:steps]
         whole = masked < (min(T, S - offsets[b]) // ROWS - begin)
-        assert not all_Y[begin + masked[whole]].any() or (u + 1) * UNIT > S
+        assert not clear_Y[begin + masked[whole]].any() or (u + 1) * UNIT > S
 
 
 def test_no_search_is_a_loop_of_small_kernels():

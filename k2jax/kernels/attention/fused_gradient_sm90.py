@@ -17,6 +17,7 @@ Legend: B batch, T queries, S keys, H query heads, G key heads, K = V query/key/
 warpgroups, Q rows of a step, Y their tiles, C columns of dq of a warpgroup, R ring slots, E words of a choice.
 """
 
+import enum
 import functools
 from typing import NamedTuple
 
@@ -121,24 +122,24 @@ def is_built(q_shape, v_shape) -> bool:
 class _Unit:
     """The keys of this block of the GPU, and which rows read them; scalars in registers."""
 
-    def __init__(self, q_BTHK, k_BSGK, start_BT=None, reach_BU5=None, block_size=None):
+    def __init__(self, q_BTHK, k_BSGK, start_BT=None, reach_BU6=None, block_size=None):
         (_, T, self.num_heads, _), G = q_BTHK.shape, k_BSGK.shape[2]
         head = lax.axis_index("heads") * lax.axis_size("head") + lax.axis_index("head")
         self.batch, self.key_head = (op(head, jnp.int32(G)) for op in (lax.div, lax.rem))
         self.number, self.group = lax.axis_index("unit"), self.num_heads // G
         self.start, self.start_BT = self.number * UNIT, start_BT
         self.tiles = -(-T // ROWS)  # of a query head
-        if reach_BU5 is None:
+        if reach_BU6 is None:
             # Rows before the unit's first key see none of its keys, and rows from its last key on see all of them.
             self.first_tile, self.position = self.number * (UNIT // ROWS), jnp.int32(0)
             self.steps = self.tiles - self.first_tile
             clear_from, clear_to = jnp.minimum(UNIT // ROWS, self.steps), self.steps
         else:
-            first_row, self.position, self.steps, clear_from, clear_to = (
-                reach_BU5[self.batch, self.number, i] for i in range(5)
+            first_row, self.position, self.steps, clear_from, clear_to, self.first_key = (
+                reach_BU6[self.batch, self.number, i] for i in range(6)
             )
             self.first_tile = lax.div(first_row, jnp.int32(ROWS))
-        # Of the steps, which begin with the last rows, those without a row that misses a key.
+        # Of the steps, which begin with the last rows, those whose rows see all keys from the same one on.
         self.clear_from, self.clear_to = self.steps - clear_to, self.steps - clear_from
         self.all_steps = self.group * self.steps
         # All of the unit's keys lie in one block: its bit in which word of a choice.
@@ -187,22 +188,35 @@ class _Unit:
         pl.loop(0, self.all_steps)(lambda number: body(*self._place(number), number))
 
     def walk_rows(self, body):
-        """body(tile behind the last one, number of the step, whether some of its rows miss keys) for all steps."""
+        """body(tile behind the last one, number of the step, its mask) for all steps."""
         clear_from, clear_to = (x * self.group for x in (self.clear_from, self.clear_to))
-        parts = [(False, jnp.int32(0), clear_to), (True, clear_to, self.all_steps)]
+        parts = [(Mask.NONE, jnp.int32(0), clear_to), (Mask.PAIRS, clear_to, self.all_steps)]
         if self.start_BT is not None:
-            parts = [(True, jnp.int32(0), clear_from), (False, clear_from, clear_to), *parts[1:]]
-        for masked, begin, end in parts:
-            step = functools.partial(lambda number, masked: body(self._place(number)[1], number, masked), masked=masked)
+            # A document's first unit adds to dq first, and all its others wait for it: its steps must not be slow
+            # ones because another document ends in it.
+            ends_to = jnp.where(self.first_key > 0, clear_to, clear_from)
+            parts = [(Mask.ENDS, jnp.int32(0), ends_to), (Mask.NONE, ends_to, clear_to), *parts[1:]]
+        for mask, begin, end in parts:
+            step = functools.partial(lambda number, mask: body(self._place(number)[1], number, mask), mask=mask)
             # Where the compiler knows how a loop begins, it clears registers in every clear step, where a product could
             # begin without them, and waits for all products first (jax 0.11.2, CUDA 13.0).
-            pl.loop(begin if masked else lax.optimization_barrier(begin), end)(step)
+            pl.loop(begin if mask is Mask.PAIRS else lax.optimization_barrier(begin), end)(step)
 
     def _place(self, number):
         """All heads of a tile of rows, then the next: all units read the same rows at about the same time. If each head
         were one walk, short units would wait at its end for the longest, whose turn comes first at the next head.
         """
         return lax.rem(number, jnp.int32(self.group)), lax.div(number, jnp.int32(self.group))
+
+
+class Mask(enum.Enum):
+    """What hides keys from a step's rows: nothing; ends of documents, the same keys from all rows and all keys from
+    those behind the unit's last document; or what differs from pair to pair.
+    """
+
+    NONE = 0
+    ENDS = 1
+    PAIRS = 2
 
 
 class _Shared(NamedTuple):
@@ -232,8 +246,8 @@ def _kernel(k_BSGK, v_BSGV, q_BTHK, *refs, scale, block_size, has_starts, **shar
     *rows, dq_BHTK, dk_BSGK, dv_BSGV = refs
     tables = ()
     if has_starts:
-        *rows, reach_BU5 = rows
-        tables = (rows[-1], reach_BU5)
+        *rows, reach_BU6 = rows
+        tables = (rows[-1], reach_BU6)
     unit, wg, mem = _Unit(q_BTHK, k_BSGK, *tables, block_size=block_size), lax.axis_index("wg"), _Shared(**shared)
     # How many warps have added to a tile of rows: zero before every call.
     turns = pl.get_global(plgpu.SemaphoreType.REGULAR((q_BTHK.shape[0] * unit.num_heads * unit.tiles,)))
@@ -355,9 +369,9 @@ class _Step(NamedTuple):
 def _all_steps(unit, mem, scale, dk_NK, dv_NV):
     """The unit's gradients: what every step adds to dk before scale, and to dv."""
 
-    def body(i, number, masked):
+    def body(i, number, mask):
         step = _Step(unit, mem, scale, number, hidden_warpgroup())
-        _hand_over(step, _differentiate(step, dv_NV, i, masked))
+        _hand_over(step, _differentiate(step, dv_NV, i, mask))
         _multiply(step, dk_NK)
 
     unit.walk_rows(body)
@@ -372,13 +386,13 @@ def _all_steps(unit, mem, scale, dk_NK, dv_NV):
     return dk_NK[...], dv_NV[...]
 
 
-def _differentiate(step, dv_NV, i, masked):
+def _differentiate(step, dv_NV, i, mask):
     """ds, what the loss says of a step's logits; queues what the step adds to dv."""
     mem, slot = step.mem, slot_of(step.number)
     acc = plgpu.ACC((KEYS, ROWS), jnp.float32)
     plgpu.barrier_wait(mem.q_full.at[slot])
     # Vectors are loaded well before they are needed: loads wait for the tensor cores' own reads of shared memory.
-    lse_Q = _subtracted(step)
+    lse_Q = _subtracted(step, mask)
 
     def logits(s_NQ):
         plgpu.wgmma(s_NQ, mem.k_WNK.at[step.wg], mem.q_RQK.at[slot].transpose((1, 0)))
@@ -389,7 +403,7 @@ def _differentiate(step, dv_NV, i, masked):
         plgpu.wgmma(dp_NQ, mem.v_WNV.at[step.wg], mem.dout_RQV.at[slot].transpose((1, 0)))
         s_NQ = plgpu.wgmma_accumulator_load(s_NQ, wait_n=1)
         delta_Q = plgpu.load(mem.lse_delta_2RQ.at[1, slot], layout=COLUMN)
-        p_NQ = _probabilities(step, s_NQ, lse_Q, i, masked)
+        p_NQ = _probabilities(step, s_NQ, lse_Q, i, mask)
 
         @pl.when(step.number > 0)
         def _before():  # The products of the step before are done by now.
@@ -403,22 +417,27 @@ def _differentiate(step, dv_NV, i, masked):
     return pl.run_scoped(logits, acc)
 
 
-def _subtracted(step):
-    """The lse of a step's rows; infinite where they did not choose the unit's block: their probabilities are 0."""
+def _subtracted(step, mask):
+    """The lse of a step's rows; infinite where they see no key of the unit: their probabilities are 0."""
     slot = slot_of(step.number)
     lse_Q = plgpu.load(step.mem.lse_delta_2RQ.at[0, slot], layout=COLUMN)
     if step.unit.bit is not None:
         word_Q = plgpu.load(step.mem.start_or_word_RQ.at[slot], layout=COLUMN)
         lse_Q = jnp.where(word_Q & lax.shift_left(jnp.int32(1), step.unit.bit) != 0, lse_Q, jnp.inf)
+    if mask is Mask.ENDS:
+        start_Q = plgpu.load(step.mem.start_or_word_RQ.at[slot], layout=COLUMN)
+        lse_Q = jnp.where(start_Q < step.unit.start + UNIT, lse_Q, jnp.inf)
     return lse_Q
 
 
-def _probabilities(step, s_NQ, lse_Q, i, masked):
+def _probabilities(step, s_NQ, lse_Q, i, mask):
     p_NQ = jnp.exp2(s_NQ * (step.scale * LOG2E) - lax.broadcast_in_dim(lse_Q, s_NQ.shape, [1]))
-    if not masked:
+    if mask is Mask.NONE:
         return p_NQ
     key_NQ, seen_NQ = keys_seen(p_NQ.shape, step.wg, step.unit.position_of(i))
-    if step.unit.start_BT is not None:
+    if mask is Mask.ENDS:
+        seen_NQ = key_NQ >= step.unit.first_key
+    elif step.unit.start_BT is not None:
         start_Q = plgpu.load(step.mem.start_or_word_RQ.at[slot_of(step.number)], layout=COLUMN) - step.unit.start
         seen_NQ &= key_NQ >= lax.broadcast_in_dim(start_Q, key_NQ.shape, [1])
     return jnp.where(seen_NQ, p_NQ, 0.0)

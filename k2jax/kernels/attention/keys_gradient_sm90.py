@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from k2jax.kernels.attention import gather_sm90 as gather
 from k2jax.kernels.attention.key_heads import KeyHeads
+from k2jax.kernels.attention.positions import at_positions
 from k2jax.kernels.attention.shares_sm90 import heads_at_a_time
 from k2jax.kernels.attention.tiles_sm90 import (
     CONSUMERS,
@@ -102,22 +103,25 @@ def keys_gradient(
 
 
 def reach(starts, num_keys):
-    """Which own rows read a unit's keys, int32 [B, units, 5].
+    """Which own rows read a unit's keys, int32 [B, units, 6].
 
-    The first row, a multiple of 64; its position behind the unit's first key; and steps of 64 rows: all, the first one
-    with rows behind the unit's last key alone, the first one after it with rows that begin behind its first key.
+    The first row, a multiple of 64; its position behind the unit's first key; steps of 64 rows: all, the first one
+    with rows behind the unit's last key alone, the first one after it with rows that begin behind that key; and from
+    which of its keys on the rows of the steps between those see them.
     """
     key_U = jnp.arange(0, num_keys, UNIT, dtype=jnp.int32)
     row_BU = jnp.maximum(key_U - starts.position_B[:, None], 0) // ROWS * ROWS
     position_BU = starts.position_B[:, None] + row_BU - key_U
     # Tiles whose first, or whose last, row does not begin behind a key: starts rise. By comparisons it is one kernel.
     tiles = jax.vmap(functools.partial(jnp.searchsorted, side="right", method="compare_all"), (0, None))
-    seeing_last_BU = tiles(starts.start_BT[:, ::ROWS], key_U + UNIT - 1)
-    seeing_first_BU = tiles(starts.start_BT[:, ROWS - 1 :: ROWS], key_U)
-    steps_BU = jnp.maximum(seeing_last_BU - row_BU // ROWS, 0)
+    seeing_BU, whole_BU = (tiles(starts.start_BT[:, row::ROWS], key_U + UNIT - 1) for row in (0, ROWS - 1))
+    steps_BU = jnp.maximum(seeing_BU - row_BU // ROWS, 0)
     clear_from_BU = jnp.clip(-((position_BU - (UNIT - 1)) // ROWS), 0, steps_BU)
-    clear_to_BU = jnp.clip(seeing_first_BU - row_BU // ROWS, clear_from_BU, steps_BU)
-    of_units = (row_BU, position_BU, steps_BU, clear_from_BU, clear_to_BU)
+    clear_to_BU = jnp.clip(whole_BU - row_BU // ROWS, clear_from_BU, steps_BU)
+    # Rows behind a unit that see any of its keys are of the same document as its last one.
+    last_BU = jnp.maximum(key_U + UNIT - 1 - starts.position_B[:, None], 0)
+    first_BU = jnp.maximum(at_positions(starts.start_BT, last_BU) - key_U, 0)
+    of_units = (row_BU, position_BU, steps_BU, clear_from_BU, clear_to_BU, first_BU)
     return jnp.stack(jnp.broadcast_arrays(*of_units), axis=-1).astype(jnp.int32)
 
 
@@ -139,8 +143,9 @@ class _Unit:
             self.own_steps = self.clear_to = lax.div(end - self.start + (ROWS - 1), jnp.int32(ROWS))
             self.clear_from = jnp.minimum(UNIT // ROWS, self.own_steps)
         else:
-            of_unit = (starts[1][self.batch, lax.axis_index("unit"), i] for i in range(5))
-            self.own_start, self.position, self.own_steps, self.clear_from, self.clear_to = of_unit
+            of_unit = (starts[1][self.batch, lax.axis_index("unit"), i] for i in range(6))
+            self.own_start, self.position, self.own_steps, self.clear_from, clear_to, first_key = of_unit
+            self.clear_to = jnp.where(first_key > 0, self.clear_from, clear_to)
         self.chosen_start, self.chosen_steps = jnp.int32(0), jnp.int32(0)
         if chosen is not None:
             span, span_Z2 = head * -(-S // block_size) + block, chosen[-1]

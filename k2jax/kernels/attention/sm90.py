@@ -75,7 +75,7 @@ def starts_at(start_BS, q_BTHK, num_tokens, q_offset):
     position_BT = jnp.broadcast_to(query_positions(q_BTHK, q_offset), (B, T))
     start_BT = at_positions(start_BS, position_BT)
     start_BT = jnp.where(jnp.arange(T) < num_tokens, start_BT, position_BT)
-    return starts_of(start_BT, position_BT[:, 0])
+    return starts_of(start_BT, q_offset)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

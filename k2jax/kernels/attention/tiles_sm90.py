@@ -52,10 +52,7 @@ class Starts(NamedTuple):
     """The first key that each query sees, where that is not its block's first one."""
 
     start_BT: jax.Array  # int32, T rounded up to a tile
-    position_B: jax.Array  # of the first query among the keys
-    # Of each tile: the key to begin with, a multiple of 128; the one from which on all of its rows have begun; and the
-    # position of its first row.
-    span_BY3: jax.Array
+    position_B: jax.Array  # of the first query among the keys; [1] where all rows share it
 
 
 class Chosen(NamedTuple):
@@ -74,15 +71,14 @@ class Choice(NamedTuple):
 
 
 def starts_of(start_BT, position_B) -> Starts:
-    """Starts from the first key of each query, int32 [B, T] and rising along T, and the first query's position."""
+    """Starts from the first key of each query, int32 [B, T] and rising along T, and the first query's position, [B] or
+    [1] or a scalar.
+    """
     B, T = start_BT.shape
-    position_B = jnp.broadcast_to(jnp.asarray(position_B, jnp.int32), (B,))
-    behind_BT = position_B[:, None] + jnp.arange(T, padded(T), dtype=jnp.int32)
-    start_BT = jnp.concatenate([start_BT, behind_BT], axis=1)  # What is behind the last query sees itself.
-    tile_BYL = start_BT.reshape(B, -1, TILE)
-    first_BY, last_BY = tile_BYL[..., 0] // TILE * TILE, -(-tile_BYL[..., -1] // TILE) * TILE
-    row_BY = position_B[:, None] + jnp.arange(0, padded(T), TILE, dtype=jnp.int32)
-    return Starts(start_BT, position_B, jnp.stack([first_BY, last_BY, row_BY], axis=-1))
+    position_B = jnp.asarray(position_B, jnp.int32).reshape(-1)
+    # What is behind the last query sees itself.
+    behind_BT = jnp.broadcast_to(position_B[:, None] + jnp.arange(T, padded(T), dtype=jnp.int32), (B, padded(T) - T))
+    return Starts(jnp.concatenate([start_BT, behind_BT], axis=1), position_B)
 
 
 def padded(length: int) -> int:
@@ -215,7 +211,7 @@ def _tables(chosen, starts, choice=None):
     if choice is not None:
         return choice.word_EBHT, nothing, nothing
     if starts is not None:
-        return starts.start_BT, starts.span_BY3, nothing
+        return starts.start_BT, starts.position_B, nothing
     return (nothing,) * 3 if chosen is None else (chosen.block_Y, chosen.used_1, chosen.index_P)
 
 
@@ -253,7 +249,8 @@ class _Tile:
     steps: object  # over its keys
     clear_from: object  # the first step in which no row has still to begin; None where all begin with the first
     clear_to: Callable  # (first row of a warpgroup) -> the first step with keys that some of its rows do not see
-    sees: Callable | None  # (shape, first row, step) -> whether each row sees each key; None if all see all
+    # (first row) -> (shape, step) -> whether each row sees each key; None if all see all
+    sees: Callable | None
     # (first row) -> (step) -> whether each row chose the block of the step's keys; None where there is no choice
     chooses: Callable | None = None
 
@@ -321,7 +318,7 @@ class _Work:
         head, tiles_behind = split(rest, heads)
         return (turn * heads + head) * num_tiles + (num_tiles - 1 - tiles_behind)
 
-    def _own(self, number, start_BT, span_BY3, word_EBHT):
+    def _own(self, number, start_BT, position_B, word_EBHT):
         tile, batch_head = split(number, padded(self.num_rows) // TILE)
         head, batch = split(batch_head, self.num_heads)
         first_row, N = tile * TILE, jnp.int32(self.step)
@@ -329,22 +326,29 @@ class _Work:
         key_head = lax.div(head, jnp.int32(self.num_heads // self.num_key_heads))
         first_key, position = block * self.block_size, first_row
         if start_BT is not None:
-            first_key, all_begun, position = (span_BY3[batch, tile, i] for i in range(3))
+            # Starts rise: the first row's is the first key of all, and behind the last one's all have begun.
+            first_key = lax.div(start_BT[batch, first_row], jnp.int32(TILE)) * TILE
+            last_start = start_BT[batch, first_row + (TILE - 1)]
+            position = position_B[batch if position_B.shape[0] > 1 else 0] + first_row
         row = position - first_key  # from here on, rows and keys count from the first key
 
         def rows_of(array, first, size):
             rows = pl.ds(first_row + first, size)
             return array.at[batch, rows, head] if len(array.shape) == 4 else array.at[batch, head, rows]
 
-        def sees(shape, first, step):
-            row_QN = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-            key_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + step * self.step
-            seen_QN = row_QN + (row + first) >= key_QN
-            if start_BT is None:
-                return seen_QN
-            rows = pl.ds(first_row + first, shape[0])
-            start_Q = plgpu.load(start_BT.at[batch, rows], layout=ROW, optimized=False) - first_key
-            return seen_QN & (key_QN >= over_rows(start_Q, shape))
+        def sees(first):
+            start_Q = None
+            if start_BT is not None:  # Read once, and well before it is needed.
+                rows = pl.ds(first_row + first, ROWS)
+                start_Q = plgpu.load(start_BT.at[batch, rows], layout=ROW, optimized=False) - first_key
+
+            def seen(shape, step):
+                row_QN = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+                key_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + step * self.step
+                seen_QN = row_QN + (row + first) >= key_QN
+                return seen_QN if start_Q is None else seen_QN & (key_QN >= over_rows(start_Q, shape))
+
+            return seen
 
         def chooses(first):
             rows = pl.ds(first_row + first, ROWS)
@@ -365,7 +369,7 @@ class _Work:
         steps = lax.div(row + (TILE - 1), N) + 1
         clear_from = None
         if start_BT is not None:
-            clear_from = jnp.minimum(lax.div(all_begun - first_key + (N - 1), N), steps)
+            clear_from = jnp.minimum(lax.div(last_start - first_key + (N - 1), N), steps)
         return _Tile(
             rows_of,
             self._keys_of(batch, key_head, first_key),
@@ -385,8 +389,7 @@ class _Work:
         def rows_of(array, first, size):
             return array.at[pl.ds(number * TILE + first, size)]
 
-        def sees(shape, first, step):
-            del first
+        def seen(shape, step):
             key_QN = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
             return key_QN + step * self.step < self.num_keys
 
@@ -396,7 +399,7 @@ class _Work:
             jnp.int32(steps),
             None,
             lambda first: jnp.int32(self.num_keys // self.step),
-            sees if self.num_keys % self.step else None,
+            (lambda first: seen) if self.num_keys % self.step else None,
         )
 
     def _keys_of(self, batch, key_head, first_key):
@@ -613,7 +616,7 @@ def _attend_tile(tile, so_far, rows, ring, turn, scale):
     """
     (wg, q_QK, q_empty), dtype = rows, ring.k_RNK.dtype
     N, V, last = ring.k_RNK.shape[1], ring.v_RNV.shape[2], tile.steps - 1
-    chose = None if tile.chooses is None else tile.chooses(wg * ROWS)
+    sees, chose = (None if of is None else of(wg * ROWS) for of in (tile.sees, tile.chooses))
 
     def pass_turn():
         plgpu.barrier_arrive(turn.at[1 - wg])
@@ -640,7 +643,7 @@ def _attend_tile(tile, so_far, rows, ring, turn, scale):
         plgpu.barrier_arrive(ring.k_empty.at[slot])
 
     def soften(i, carry, masked):
-        seen_QN = tile.sees(carry[0].shape, wg * ROWS, i) if masked else None
+        seen_QN = sees(carry[0].shape, i) if masked else None
         softened = _soften(carry, seen_QN, None if chose is None else chose(i), scale, dtype)
         plgpu.barrier_wait(ring.v_full.at[slot_of(so_far + i)])
         plgpu.barrier_wait(turn.at[wg])
@@ -668,7 +671,7 @@ def _attend_tile(tile, so_far, rows, ring, turn, scale):
     carry = (s_QN, nothing, filled(-jnp.inf, (ROWS,), ROW), filled(0.0, (ROWS,), ROW))
     carry = _over_keys(tile, wg * ROWS, carry, kv_step, last)
     plgpu.barrier_arrive(q_empty)
-    p_QN, acc_QV, max_Q, sum_Q = soften(last, carry, tile.sees is not None)
+    p_QN, acc_QV, max_Q, sum_Q = soften(last, carry, sees is not None)
 
     def last_product(sum_QV):
         plgpu.wgmma(sum_QV, p_QN, ring.v_RNV.at[slot_of(so_far + last)])
@@ -730,6 +733,7 @@ def _rows_gradient_kernel(
         def one(here, tile, so_far):
             lse_Q = plgpu.load(tile.rows_of(lse, wg * ROWS, ROWS), layout=ROW, optimized=False) * LOG2E
             delta_Q = plgpu.load(tile.rows_of(delta, wg * ROWS, ROWS), layout=ROW, optimized=False)
+            sees = None if tile.sees is None else tile.sees(wg * ROWS)
             q_slot = slot_of(here, slots)
             _wait_rows(work, q_full, here, q_RWQK)
 
@@ -746,7 +750,7 @@ def _rows_gradient_kernel(
                 s_QN, dp_QN = pl.run_scoped(products, acc, acc)
                 p_QN = jnp.exp2(s_QN * (scale * LOG2E) - over_rows(lse_Q, s_QN.shape))
                 if masked:
-                    p_QN = jnp.where(tile.sees(s_QN.shape, wg * ROWS, i), p_QN, 0.0)
+                    p_QN = jnp.where(sees(s_QN.shape, i), p_QN, 0.0)
                 ds_QN = (p_QN * (dp_QN - over_rows(delta_Q, dp_QN.shape))).astype(dtype)
                 plgpu.wgmma(dq_QK, ds_QN, k_RNK.at[slot])
                 plgpu.wgmma_wait(0)
