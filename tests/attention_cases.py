@@ -7,6 +7,7 @@ from benchmarks.moba import as_selected, with_gradients
 from k2jax.kernels.attention.reference import query_positions
 from k2jax.kernels.moba import reference
 from k2jax.kernels.moba.blocks import layout
+from tests.oracles import moba as paper
 
 # batch, tokens, query heads, key heads, sizes of keys and values, block size (None: full attention), top_k, type,
 # PAIRS, ends of documents
@@ -31,6 +32,8 @@ ATTENDS = {
     "full": (2, 301, 4, 2, 64, 64, None, None, "bfloat16", None),
     "full MLA": (1, 200, 2, 2, 192, 128, None, None, "float16", None),
 }
+# What the oracle, which computes row by row, does in seconds.
+MOST_PAIRS = 2_000_000
 # How many queries, and where they begin.
 QUERIES = {
     "a chunk of the queries": (204, [17, 416]),
@@ -72,7 +75,8 @@ def distances(name, case, got) -> dict:
     """How far (out, residuals, gradients) are from the definition.
 
     Returns: agree, the share of equal choices; for out, dq, dk and dv the relative errors, in float32, of `got` and of
-    plain attention in the case's type on the same choice; the largest differences of lse and max_logit.
+    plain attention in the case's type on the same choice; the largest differences of lse and max_logit; and `paper`,
+    the same of `got` against an oracle that computes row by row what the paper says, in float64, where that is quick.
     """
     (B, S, H, _, K, _, C, top_k, *_), (arrays, segment_ids, q_offset) = case, inputs(name, case)
     T = arrays[0].shape[1]
@@ -101,4 +105,37 @@ def distances(name, case, got) -> dict:
         found[what] = (error(mine, right), error(theirs, right))
     for i, what in enumerate(("lse", "max_logit")):
         found[what] = float(jnp.abs(got[1][i] - exact[1][i]).max())
-    return found
+    quick = B * T * H * (S if C is None else C * top_k) < MOST_PAIRS
+    return found | {"paper": paper_distances(name, case, got) if quick else None}
+
+
+def paper_distances(name, case, got) -> dict:
+    """The same distances of `got` from the paper's definition, without plain attention's."""
+    (B, S, _, _, K, _, C, top_k, *_), (arrays, segment_ids, q_offset) = case, inputs(name, case)
+    offset_B = np.broadcast_to(q_offset, (B,))
+    arrays = [np.asarray(x.astype(jnp.float32)) for x in arrays]
+    rights, agree = [], []
+    for b in range(B):
+        # Full attention is the block of a row that holds all keys.
+        settings = {"block_size": C or S, "top_k": top_k or 1, "scale": K**-0.5, "q_offset": int(offset_B[b])}
+        settings["segment_ids_S"] = None if segment_ids is None else np.asarray(segment_ids[b])
+        q, k, v, dout = (x[b] for x in arrays)
+        right = paper.moba(q, k, v, **settings)
+        gradients = paper.moba_gradient(q, k, v, dout, **settings)
+        rights.append((right.out_THV, *gradients, right.lse_TH.T, right.max_logit_H))
+        if C is not None:
+            block_id_S = np.broadcast_to(layout(segment_ids, S, C).block_id_BS, (B, S))[b]
+            chosen_HTJ = np.asarray(got[1].selected_BHTJ[b])
+            agree += [
+                set(block_id_S[right.selected[t][h]]) == set(chosen_HTJ[h, t]) - {-1}
+                for h, t in np.ndindex(chosen_HTJ.shape[:2])
+            ]
+    rights = [np.stack(x) for x in zip(*rights, strict=True)]
+    arrays = [np.asarray(x.astype(jnp.float32)) for x in (got[0], *got[2], *got[1][:2])]
+    whats = ("out", "dq", "dk", "dv", "lse", "max_logit")
+    found = {
+        what: float(np.linalg.norm(mine - right) / np.linalg.norm(right))
+        for what, mine, right in zip(whats[:4], arrays[:4], rights[:4], strict=True)
+    }
+    found |= {what: float(abs(arrays[i] - rights[i]).max()) for i, what in enumerate(whats) if i >= 4}
+    return found | {"agree": float(np.mean(agree or [1.0]))}

@@ -144,6 +144,10 @@ def assert_exact(told):
     assert told["agree"] > 0.999
     assert all(mine / plain < 1.5 for mine, plain in (told[what] for what in ("out", "dq", "dk", "dv"))), told
     assert all(told[what] < 1e-5 for what in ("lse", "max_logit")), told
+    if paper := told["paper"]:
+        assert paper["agree"] == 1
+        assert all(paper[what] < 1.5 * told[what][1] for what in ("out", "dq", "dk", "dv")), told
+        assert all(paper[what] < 1e-5 for what in ("lse", "max_logit")), told
 
 
 @pytest.mark.parametrize("name", GATES)
