@@ -145,9 +145,8 @@ def assert_exact(told):
     assert all(mine / plain < 1.5 for mine, plain in (told[what] for what in ("out", "dq", "dk", "dv"))), told
     assert all(told[what] < 1e-5 for what in ("lse", "max_logit")), told
     if paper := told["paper"]:
-        assert paper["agree"] == 1
-        assert all(paper[what] < 1.5 * told[what][1] for what in ("out", "dq", "dk", "dv")), told
-        assert all(paper[what] < 1e-5 for what in ("lse", "max_logit")), told
+        assert paper.pop("agree") > 0.99
+        assert all(paper[what] < (1.5 * told[what][1] if what in ("out", "dq", "dk", "dv") else 1e-5) for what in paper)
 
 
 @pytest.mark.parametrize("name", GATES)
